@@ -1,0 +1,115 @@
+"""Options that several commands share, worded once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paredown.errors import UsageError
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id, a local folder or testbed:NAME.", show_default=False)
+]
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RECIPE.yaml",
+        help="A model (hub id, local folder, testbed:NAME), or a recipe file that names one.",
+        show_default=False,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="A .txt, .jsonl or .parquet file, a folder of them, or a hub data set id; a testbed brings its own.",
+        show_default=False,
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", "-m", metavar="NAME", help="See `paredown methods`.", show_default=False),
+]
+Keep = Annotated[
+    float | None,
+    typer.Option("--keep", "-k", metavar="SHARE", help="How much stays, above 0 and up to 1.", show_default=False),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Set a field of the method; may be repeated.", show_default=False
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Fixes the calibration sample and all that a method draws."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+
+
+def is_recipe(target: str) -> bool:
+    """Whether ``target`` names a recipe file and not a model."""
+    return Path(target).suffix in {".yaml", ".yml"}
+
+
+def fields(settings: Sequence[str] | None) -> dict[str, Any]:
+    """Read ``field=value`` pairs: values as JSON where they are JSON (numbers, true, null, lists), else as text.
+
+    Raises
+    ------
+    UsageError
+        If a pair has no ``=``, or a field is set twice.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings or ():
+        name, equals, value = setting.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise UsageError(f"--set {setting} has no value; write --set field=value.")
+        if name in found:
+            raise UsageError(f"--set {name} is given twice; give it once.")
+        found[name] = _value(value.strip())
+    return found
+
+
+def names(option: str, text: str) -> list[str]:
+    """Read a comma-separated list of names.
+
+    Raises
+    ------
+    UsageError
+        If there is none.
+    """
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise UsageError(f"{option} names nothing; write {option} a,b.")
+    return list(dict.fromkeys(found))
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Read a comma-separated list of numbers.
+
+    Raises
+    ------
+    UsageError
+        If there is none, or one is not a number.
+    """
+    found = []
+    for part in names(option, text):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise UsageError(f"{option} {text}: {part!r} is not a number; write {option} 0.75,0.5.") from None
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

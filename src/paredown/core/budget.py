@@ -1,0 +1,129 @@
+"""Exact budgets: how many units stay, and which.
+
+``keep`` always means the share that stays. What goes is ``floor(n * (1 - keep))``, computed so that binary fractions
+do not lose a unit (0.9 of 10 keeps 9, although ``10 * (1 - 0.9)`` is 0.9999...). Ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from paredown.core.anatomy import Experts
+from paredown.errors import BudgetError
+
+
+def removed(n: int, keep: float) -> int:
+    """Return how many of ``n`` units go."""
+    # The decimal that the user typed is meant, not its nearest binary fraction.
+    return math.floor(n * (1 - Fraction(repr(float(keep)))))
+
+
+def kept(n: int, keep: float) -> int:
+    """Return how many of ``n`` units stay."""
+    return n - removed(n, keep)
+
+
+def top(scores: Tensor, count: int) -> tuple[int, ...]:
+    """Return the indices of the ``count`` largest scores, in ascending order of index; ties keep the lower index.
+
+    Parameters
+    ----------
+    scores : ``[n]``
+    count : 0..n
+
+    Raises
+    ------
+    BudgetError
+        If a score is not a number, or ``count`` is out of range.
+    """
+    _check(scores, count)
+    order = torch.sort(scores.double(), descending=True, stable=True).indices
+    return tuple(sorted(order[:count].tolist()))
+
+
+def top_per_group(scores: Tensor, count: int, groups: int) -> tuple[int, ...]:
+    """Like :func:`top`, but every one of ``groups`` equal, contiguous groups keeps the same number.
+
+    Raises
+    ------
+    BudgetError
+        If ``count`` cannot be shared out equally.
+    """
+    if groups <= 1:
+        return top(scores, count)
+    if count % groups or scores.numel() % groups:
+        below, above = count - count % groups, count - count % groups + groups
+        raise BudgetError(
+            f"{count} of {scores.numel()} experts cannot be shared out equally over {groups} router groups; "
+            f"choose a keep that leaves {below} or {above}."
+        )
+    size = scores.numel() // groups
+    chosen: list[int] = []
+    for group in range(groups):
+        part = scores[group * size : (group + 1) * size]
+        chosen += [group * size + i for i in top(part, count // groups)]
+    return tuple(chosen)
+
+
+def lowest(scores: Tensor, count: int) -> tuple[int, ...]:
+    """Return the indices of the ``count`` smallest scores in ascending order of index; ties take the lower index."""
+    return top(-scores, count)
+
+
+def share(total: int, weights: Sequence[float]) -> list[int]:
+    """Split ``total`` into whole parts in proportion to ``weights``, by largest remainder; ties favour earlier parts.
+
+    Raises
+    ------
+    BudgetError
+        If weights are negative or all zero.
+    """
+    if not weights or min(weights) < 0 or sum(weights) <= 0:
+        raise BudgetError("a budget can only be shared out by weights that are not negative and not all zero.")
+    exact = [total * Fraction(w) / Fraction(sum(map(Fraction, weights))) for w in weights]
+    parts = [math.floor(x) for x in exact]
+    order = sorted(range(len(parts)), key=lambda i: (-(exact[i] - parts[i]), i))
+    for i in order[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+def _check(scores: Tensor, count: int) -> None:
+    if scores.ndim != 1:
+        raise BudgetError(f"scores must be one list, not of shape {tuple(scores.shape)}.")
+    if not 0 <= count <= scores.numel():
+        raise BudgetError(f"{count} of {scores.numel()} units cannot stay; choose a keep between 0 and 1.")
+    if torch.isnan(scores).any():
+        where = int(torch.isnan(scores).nonzero()[0])
+        raise BudgetError(f"the score of unit {where} is not a number; check the model and the calibration data.")
+
+
+def experts(part: Experts, keep: float, *, lower_top_k: bool = False) -> tuple[int, int]:
+    """Return how many experts of a layer stay, and the top-k they are chosen with.
+
+    Raises
+    ------
+    BudgetError
+        If fewer experts would stay than the router chooses, or the router's groups cannot lose equally.
+    """
+    count = kept(part.count, keep)
+    if count < part.top_k and not lower_top_k:
+        raise BudgetError(
+            f"keep {keep:g} leaves {count} of {part.count} experts, but the router chooses {part.top_k} for each token; "
+            f"keep at least {part.top_k / part.count:g}, or set lower_top_k=true where the method has it."
+        )
+    if part.groups > 1 and count < part.count and (count % part.groups or count < 2 * part.groups):
+        step = part.groups
+        legal = [n for n in range(2 * step, part.count + 1, step)]
+        raise BudgetError(
+            f"keep {keep:g} leaves {count} of {part.count} experts, but the router's {part.groups} groups must lose "
+            f"equally and keep two each; legal numbers are {', '.join(map(str, legal))}."
+        )
+    if count < 1:
+        raise BudgetError(f"keep {keep:g} leaves no expert of {part.count}; choose a larger keep.")
+    return count, min(part.top_k, count)

@@ -1,0 +1,336 @@
+"""The engine behind every compressor: observe, score, decide, rewrite, cut, block after block.
+
+- A method whose decision for a layer needs that layer alone is done in one pass; one that chooses over all layers
+  looks in a first pass and cuts in a second.
+- Held-out sequences travel along, once through the blocks as they were and once through the blocks as they become:
+  the gate's numbers need no second model in memory.
+- After each block the keeper is told everything needed to go on from there; a run that was killed resumes with the
+  stored numbers and computes none of them again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from paredown.core import audit, surgery
+from paredown.core.anatomy import Block
+from paredown.core.edits import DropBlock, Edit
+from paredown.core.method import Compressor, Outcome, Progress, View
+from paredown.core.resources import peak_memory, reset_peak_memory
+from paredown.core.sequential import AttentionMemory, Resident, Source, Stream
+from paredown.errors import ArchitectureError, DataError, NothingTouchedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from paredown.core.calibration import Batch
+    from paredown.core.checkpoint import Model
+
+TOKENS_AT_ONCE = 4096
+
+
+@dataclass
+class Point:
+    """Where an interrupted run stopped: after ``layer`` of ``phase``, with the streams in ``state``."""
+
+    phase: str
+    layer: int
+    state: dict[str, Tensor]
+    touched: int
+
+
+class Keeper(Protocol):
+    """Keeps what a run must not lose. The default keeps scores and edits in memory and nothing else."""
+
+    def resume(self) -> Point | None:
+        """Return where to go on, or None to start."""
+
+    def scores(self, layer: int) -> dict[str, Tensor] | None:
+        """Return a layer's stored scores."""
+
+    def edits(self, layer: int) -> list[Edit] | None:
+        """Return a layer's stored decision."""
+
+    def look(self, layer: int, scores: dict[str, Tensor]) -> None:
+        """Store a layer's scores."""
+
+    def cut(self, layer: int, edits: list[Edit], view: View | None) -> None:
+        """Store a layer's decision and its compressed block (None: the block is gone)."""
+
+    def commit(self, point: Point) -> None:
+        """Make everything so far durable."""
+
+
+@dataclass
+class InMemory:
+    """A keeper for models in memory: an interrupted run is simply run again."""
+
+    known_scores: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    known_edits: dict[int, list[Edit]] = field(default_factory=dict)
+
+    def resume(self) -> Point | None:
+        """Return None: always from the start."""
+        return None
+
+    def scores(self, layer: int) -> dict[str, Tensor] | None:
+        """Return what was scored in this run."""
+        return self.known_scores.get(layer)
+
+    def edits(self, layer: int) -> list[Edit] | None:
+        """Return what was decided in this run."""
+        return self.known_edits.get(layer)
+
+    def look(self, layer: int, scores: dict[str, Tensor]) -> None:
+        """Remember scores."""
+        self.known_scores[layer] = scores
+
+    def cut(self, layer: int, edits: list[Edit], view: View | None) -> None:
+        """Remember a decision."""
+        self.known_edits[layer] = edits
+
+    def commit(self, point: Point) -> None:
+        """Nothing to do."""
+
+
+@dataclass
+class Watch:
+    """Held-out sequences: ``before`` passes the blocks as they were, ``after`` as they become."""
+
+    before: Stream
+    after: Stream
+
+
+@dataclass
+class Job:
+    """One compression: a method, a source of blocks, the streams, and who keeps the results."""
+
+    method: Compressor
+    source: Source
+    calibration: Stream | None
+    watch: Watch | None
+    keeper: Keeper
+    seed: int = 0
+    progress: Progress | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> Outcome:
+        """Compress every block that the method applies to.
+
+        Raises
+        ------
+        ArchitectureError
+            If there is no such block.
+        NothingTouchedError
+            If nothing changed although ``keep`` is below 1.
+        """
+        reset_peak_memory()
+        total = self.source.model.parameters()
+        blocks = self.source.model.anatomy.language.blocks
+        chosen = [b for b in blocks if self.method.applies(b)]
+        if not chosen:
+            raise ArchitectureError(
+                f"{self.method.name} removes {self.method.unit}, and {self.source.model.source} has none; "
+                "`paredown scan` shows what it has."
+            )
+        point = self.keeper.resume()
+        with self._timed("embed"), self.source.open_ends(head=False):
+            for stream in self._streams():
+                stream.start(self.source)
+                if point is not None:
+                    stream.restore(point.state, self.source.device)
+        self._touched = point.touched if point is not None else 0
+        if self.method.scope == "global":
+            self._look_everywhere(blocks, point)
+            with self._timed("decide"):
+                scores = {b.index: self._known(b.index) for b in chosen}
+                decided = self.method.decide(chosen, scores)
+            self._cut_everywhere(blocks, decided, point)
+        else:
+            self._layer_by_layer(blocks, point)
+        edits = [e for b in blocks for e in self.keeper.edits(b.index) or ()]
+        share = self._touched / max(1, total)
+        if not edits and self.method.keep < 1:
+            raise NothingTouchedError(
+                f"{self.method.name} with keep {self.method.keep:g} removes nothing from {self.source.model.source}: "
+                f"its layers have too few {self.method.unit} for so small a cut; choose a smaller keep."
+            )
+        if edits and not self._touched:
+            raise NothingTouchedError(f"{self.method.name} left every weight as it was; please report this fault.")
+        coverage, warnings = _coverage(blocks, self.keeper)
+        return Outcome(edits, share, coverage, warnings, dict(self.stages), peak_memory())
+
+    def _layer_by_layer(self, blocks: Sequence[Block], point: Point | None) -> None:
+        for part in blocks:
+            if point is not None and part.index <= point.layer:
+                continue
+            self._tell(part.index, len(blocks), "compressing")
+            view = self._open(part.index)
+            edits: list[Edit] = []
+            memory: AttentionMemory | None = None
+            edited_path = self.method.propagate == "edited"
+            if self.method.applies(part):
+                memory = AttentionMemory(view) if edited_path else None
+                scores = self._observe(view, memory)
+                with self._timed("decide"):
+                    edits = self.method.decide([part], {part.index: scores})
+            elif self.calibration is not None and not edited_path:
+                self._advance(self.calibration, view)
+            if self.watch is not None:
+                self._advance(self.watch.before, view)
+            after = self._edit(view, edits)
+            if self.calibration is not None and edited_path:
+                self._advance(self.calibration, after, part.index, replay=memory)
+            if self.watch is not None:
+                self._advance(self.watch.after, after, part.index)
+            self._finish(part.index, edits, after, "edit")
+
+    def _look_everywhere(self, blocks: Sequence[Block], point: Point | None) -> None:
+        for part in blocks:
+            if point is not None and (point.phase == "edit" or part.index <= point.layer):
+                continue
+            self._tell(part.index, 2 * len(blocks), "looking")
+            view = self._open(part.index)
+            if self.method.applies(part):
+                self._observe(view, None)
+            elif self.calibration is not None:
+                self._advance(self.calibration, view)
+            if self.watch is not None:
+                self._advance(self.watch.before, view)
+            self.source.close(part.index)
+            self.keeper.commit(Point("look", part.index, self._state(), self._touched))
+
+    def _cut_everywhere(self, blocks: Sequence[Block], decided: list[Edit], point: Point | None) -> None:
+        for part in blocks:
+            if point is not None and point.phase == "edit" and part.index <= point.layer:
+                continue
+            self._tell(len(blocks) + part.index, 2 * len(blocks), "cutting")
+            view = self._open(part.index)
+            edits = [e for e in decided if e.layer == part.index]
+            after = self._edit(view, edits)
+            if self.watch is not None:
+                self._advance(self.watch.after, after, part.index)
+            self._finish(part.index, edits, after, "edit")
+
+    def _observe(self, view: View, memory: AttentionMemory | None) -> dict[str, Tensor]:
+        """Look at one block; the calibration stream moves behind it unless its output is to come from edited blocks."""
+        with self._timed("observe"):
+            observers = self.method.observe(view) if self.calibration is not None else []
+            if self.calibration is not None:
+                discard = self.method.propagate == "edited"
+                self.calibration.advance(view, observers, index=view.part.index, discard=discard, replay=memory)
+            seen = {k: v for o in observers for k, v in o.result().items()}
+        with self._timed("score"):
+            scores = self.method.score(view, seen, self.seed)
+        self.keeper.look(view.part.index, scores)
+        return scores
+
+    def _edit(self, view: View, edits: list[Edit]) -> View | None:
+        if any(isinstance(e, DropBlock) for e in edits):
+            self._touched += sum(p.numel() for p in view.module.parameters())
+            return None
+        if not edits:
+            return view
+        with self._timed("cut"):
+            digests = audit.digests(view.module)
+            self.method.rewrite(view, edits, self._known(view.part.index))
+            checksums = audit.take(view, edits)
+            part = surgery.apply(view.module, view.part, edits)
+            after = replace(view, part=part)
+            audit.check(checksums, after, edits)
+            self._touched += audit.touched(digests, audit.digests(view.module))
+        return after
+
+    def _finish(self, index: int, edits: list[Edit], after: View | None, phase: str) -> None:
+        with self._timed("keep"):
+            self.keeper.cut(index, edits, after)
+            self.source.close(index)
+            self.keeper.commit(Point(phase, index, self._state(), self._touched))
+
+    def _advance(
+        self, stream: Stream, view: View | None, index: int | None = None, replay: AttentionMemory | None = None
+    ) -> None:
+        with self._timed("forward"):
+            number = view.part.index if index is None and view is not None else index
+            assert number is not None
+            stream.advance(view, index=number, replay=replay)
+
+    def _open(self, index: int) -> View:
+        with self._timed("read"):
+            return self.source.open(index)
+
+    def _known(self, layer: int) -> Mapping[str, Tensor]:
+        return self.keeper.scores(layer) or {}
+
+    def _streams(self) -> list[Stream]:
+        streams = [self.calibration] if self.calibration is not None else []
+        return streams + ([self.watch.before, self.watch.after] if self.watch is not None else [])
+
+    def _state(self) -> dict[str, Tensor]:
+        if isinstance(self.keeper, InMemory):
+            return {}
+        return {k: v for stream in self._streams() for k, v in stream.state().items()}
+
+    def _tell(self, done: int, total: int, text: str) -> None:
+        if self.progress is not None:
+            self.progress(done, total, f"{self.method.name}: {text}")
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
+
+
+def compress_in_memory(
+    method: Compressor, model: Model, data: Batch | None, *, seed: int, progress: Progress | None
+) -> Outcome:
+    """Compress a model in place. See :meth:`paredown.core.method.Compressor.compress`."""
+    stream = stream_for(method, model, data)
+    job = Job(method, Resident(model), stream, None, InMemory(), seed, progress)
+    outcome = job.run()
+    model.anatomy = surgery.settle(model.hf, model.anatomy, outcome.edits)
+    return outcome
+
+
+def stream_for(method: Compressor, model: Model, data: Batch | None) -> Stream | None:
+    """Return the calibration stream that a method needs, or None if it needs none.
+
+    Raises
+    ------
+    DataError
+        If the method needs data and none were given.
+    """
+    if "calibration-data" not in method.needs:
+        return None
+    if data is None:
+        raise DataError(f"{method.name} looks at calibration data; give some with --data.")
+    lookback: Callable[[Any], int] = getattr(method, "lookback", lambda _: 0)
+    return stream_of("calibration", data, lookback=lookback(model.anatomy.language.blocks))
+
+
+def stream_of(name: str, data: Batch, *, lookback: int = 0) -> Stream:
+    """Return a stream over a batch, with as many sequences at once as fit the usual number of tokens."""
+    batch_size = max(1, TOKENS_AT_ONCE // data.input_ids.shape[1])
+    return Stream(name, data.input_ids, data.attention_mask, batch_size=batch_size, lookback=lookback)
+
+
+def _coverage(blocks: Sequence[Block], keeper: Keeper) -> tuple[dict[str, Any], list[str]]:
+    """Tell which experts the calibration data never reached: their scores mean nothing."""
+    unseen: dict[str, list[int]] = {}
+    for block in blocks:
+        tokens = (keeper.scores(block.index) or {}).get("tokens")
+        if tokens is not None and bool((tokens == 0).any()):
+            unseen[str(block.index)] = (tokens == 0).nonzero().flatten().tolist()
+    if not unseen:
+        return {}, []
+    count = sum(map(len, unseen.values()))
+    text = f"{count} experts in {len(unseen)} layers saw no calibration token; use more or broader data."
+    return {"experts_never_seen": unseen}, [text]

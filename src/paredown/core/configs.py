@@ -1,0 +1,295 @@
+"""The configuration that belongs to edited weights.
+
+A value on which all layers that have it agree stands in the global attribute, so that plain transformers can load the
+result. What differs from layer to layer stands in transformers' ``per_layer_config``. Keys there:
+
+- the family's own: MLP width, experts' count, width and top-k, ``shared_expert_intermediate_size``,
+  ``num_key_value_heads`` (the query heads follow: each key-value head keeps the query heads that read it);
+- ``expert_widths``: a list, where the experts of one layer differ in width;
+- ``skip``: ``["attention"]``, ``["mlp"]`` or both.
+
+Next to the last two the size that no longer means anything is written as 0: code that knows neither key then fails on
+reading a per-layer value, where it would otherwise fill the weights that it misses with random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from paredown.core import architectures as names
+from paredown.core.anatomy import Anatomy, Block, Tower, tower_config
+from paredown.core.edits import DropBlock, Edit
+from paredown.core.effects import edited
+from paredown.errors import ArchitectureError, BudgetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+TowerName = Literal["language", "vision"]
+
+# Lists in a config that have one entry a layer, and lists that hold numbers of layers.
+_PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "moe_layers_enum")
+HEADS_KEY = "num_key_value_heads"
+SHARED_KEY = "shared_expert_intermediate_size"
+WIDTHS_KEY = "expert_widths"
+DROPOUT_KEY = "attention_dropout"
+
+
+def new_config(
+    config: PreTrainedConfig, anatomy: Anatomy, edits: Sequence[Edit], *, tower: TowerName = "language"
+) -> PreTrainedConfig:
+    """Return a deep copy of the top-level ``config`` that describes the model after ``edits``.
+
+    Raises
+    ------
+    BudgetError
+        If an edit breaks a rule (see `effects.edited`) or leaves no block.
+    ArchitectureError
+        If the family does not allow an edit.
+    """
+    which = tower_of(anatomy, tower)
+    after = blocks_after(which, edits)
+    new = copy.deepcopy(config)
+    part = tower_config(new, which)
+    part.per_layer_config = None
+    kept = [block.index for block in after]
+    if len(kept) < len(which.blocks):
+        _remap(new, part, kept, len(which.blocks), which)
+    overrides: list[dict[str, Any]] = [{} for _ in after]
+    _write_heads(part, which, after, overrides)
+    _write_widths(part, after, overrides)
+    _write_experts(part, after, overrides)
+    _write_skips(part, after, overrides)
+    written = {i: override for i, override in enumerate(overrides) if override}
+    if written:
+        part.per_layer_config = written
+    return new
+
+
+def tower_of(anatomy: Anatomy, name: TowerName) -> Tower:
+    """Return the tower that edits are meant for.
+
+    Raises
+    ------
+    ArchitectureError
+        If the model has no such tower.
+    """
+    found = anatomy.language if name == "language" or anatomy.language.name == name else anatomy.vision
+    if found is None:
+        raise ArchitectureError(f"this {anatomy.family} model has no {name} tower; leave the tower out of the step")
+    return found
+
+
+def blocks_after(tower: Tower, edits: Sequence[Edit]) -> list[Block]:
+    """Return the anatomy of each block that stays; ``index`` still counts in the model before the edits."""
+    per_layer = by_layer(tower, edits)
+    gone = {edit.layer for edit in edits if isinstance(edit, DropBlock)}
+    after = [
+        edited(block, [edit for edit in per_layer.get(block.index, ()) if not isinstance(edit, DropBlock)])
+        for block in tower.blocks
+        if block.index not in gone
+    ]
+    if not after:
+        raise BudgetError(f"all {len(tower.blocks)} blocks would go; keep at least one")
+    return after
+
+
+def by_layer(tower: Tower, edits: Sequence[Edit]) -> dict[int, list[Edit]]:
+    """Sort edits by layer, keeping their order within a layer."""
+    sorted_edits: dict[int, list[Edit]] = {}
+    for edit in edits:
+        if not 0 <= edit.layer < len(tower.blocks):
+            raise BudgetError(
+                f"an edit is meant for layer {edit.layer}, but the {tower.name} tower has layers 0 to"
+                f" {len(tower.blocks) - 1}; renumber it"
+            )
+        sorted_edits.setdefault(edit.layer, []).append(edit)
+    return sorted_edits
+
+
+def overrides_of(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
+    """Return the per-layer overrides of one (sub-)config; empty when its layers are alike."""
+    spec = vars(config).get("_heterogeneity_spec")
+    return {} if spec is None else dict(spec.per_layer_overrides)
+
+
+def is_uniform(config: PreTrainedConfig) -> bool:
+    """Whether plain transformers can build every layer, of all towers, from the global attributes."""
+    parts = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))]
+    return not any(overrides_of(part) for part in parts if part is not None)
+
+
+def loads_in(config: PreTrainedConfig) -> str:
+    """Return what loads a checkpoint with this config: ``transformers`` or ``paredown.load``."""
+    return "transformers" if is_uniform(config) else "paredown.load"
+
+
+def _has(config: PreTrainedConfig, key: str) -> bool:
+    return key in vars(config)
+
+
+def _write(
+    config: PreTrainedConfig, key: str, values: dict[int, Any], overrides: list[dict[str, Any]], default: Any = None
+) -> None:
+    """Write a value a layer: globally where all agree, else the largest globally and each other one in its layer.
+
+    Plain code builds from the global value; `layered` cuts each layer down from it, so it must be the largest.
+    """
+    if not values:
+        return
+    if not _has(config, key):
+        setattr(config, key, default)
+    largest = max(values.values())
+    if len(set(values.values())) == 1 and default is None:
+        setattr(config, key, largest)
+        return
+    if default is None:
+        setattr(config, key, largest)
+    for i, value in values.items():
+        if value != getattr(config, key):
+            overrides[i][key] = value
+
+
+def _write_heads(
+    config: PreTrainedConfig, tower: Tower, after: list[Block], overrides: list[dict[str, Any]]
+) -> None:
+    counts = {i: block.attention.kv_heads for i, block in enumerate(after) if block.attention is not None}
+    sample = next((block.attention for block in after if block.attention is not None), None)
+    if sample is None or sample.layout == "mla":
+        return
+    before = getattr(config, HEADS_KEY, None) or config.num_attention_heads
+    if set(counts.values()) == {before}:
+        return
+    if len(set(counts.values())) == 1 and _global_heads(config, sample.heads, sample.kv_heads, sample.head_dim):
+        return
+    # The global count stays: it is what the size of a head, the rotary embedding and the query heads are derived from.
+    if not _has(config, HEADS_KEY):
+        setattr(config, HEADS_KEY, before)
+    for i, count in counts.items():
+        if count != before:
+            overrides[i][HEADS_KEY] = count
+
+
+def _global_heads(config: PreTrainedConfig, heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Write head counts globally if the family's own code then builds the same attention; return whether it does."""
+    family = config.model_type
+    if family in names.IGNORES_HEAD_DIM or not (hasattr(config, "head_dim") or family in names.READS_HEAD_DIM):
+        return False
+    trial = copy.deepcopy(config)
+    for one in (trial, config):
+        one.num_attention_heads, one.head_dim = heads, head_dim
+        if _has(one, HEADS_KEY):
+            one.num_key_value_heads = kv_heads
+        try:
+            one.validate_architecture()
+        except ValueError:  # most often: hidden_size must be a multiple of the number of heads
+            return False
+    return True
+
+
+def _write_widths(config: PreTrainedConfig, after: list[Block], overrides: list[dict[str, Any]]) -> None:
+    dense = {i: block.mlp.width for i, block in enumerate(after) if block.mlp is not None}
+    key = next((block.mlp.width_key for block in after if block.mlp is not None), None)
+    if key is None:
+        return
+    if _has(config, key):
+        _write(config, key, dense, overrides)
+        return
+    # The family computes its width from another key: every layer that was cut says so, the global value stays empty.
+    built = int(config.embed_dim * config.mlp_ratio) if hasattr(config, "mlp_ratio") else None
+    changed = {i: width for i, width in dense.items() if width != built}
+    if changed:
+        setattr(config, key, built)
+        for i, width in changed.items():
+            overrides[i][key] = width
+
+
+def _write_experts(config: PreTrainedConfig, after: list[Block], overrides: list[dict[str, Any]]) -> None:
+    parts = {i: block.experts for i, block in enumerate(after) if block.experts is not None}
+    if not parts:
+        return
+    sample = next(iter(parts.values()))
+    _write(config, sample.count_key, {i: part.count for i, part in parts.items()}, overrides)
+    _write(config, sample.width_key, {i: part.width for i, part in parts.items()}, overrides)
+    _write(config, sample.top_k_key, {i: part.top_k for i, part in parts.items()}, overrides)
+    ragged = {i: list(part.widths) for i, part in parts.items() if part.widths is not None}
+    if ragged:
+        setattr(config, WIDTHS_KEY, None)
+        for i, widths in ragged.items():
+            overrides[i][WIDTHS_KEY] = widths
+            overrides[i][sample.width_key] = 0
+    shared = {i: part.shared.width for i, part in parts.items() if part.shared is not None}
+    if not shared:
+        return
+    if sample.shared is not None and sample.shared.width_key == "n_shared_experts":
+        # DeepSeek: the shared width is a multiple of the routed experts' width.
+        width = getattr(config, sample.width_key)
+        if len(set(shared.values())) == 1 and next(iter(shared.values())) % width == 0:
+            config.n_shared_experts = next(iter(shared.values())) // width
+            return
+        config.n_shared_experts = -(-max(shared.values()) // width)
+        setattr(config, SHARED_KEY, width * config.n_shared_experts)
+        for i, value in shared.items():
+            if value != width * config.n_shared_experts:
+                overrides[i][SHARED_KEY] = value
+        return
+    _write(config, SHARED_KEY, shared, overrides)
+
+
+def _write_skips(config: PreTrainedConfig, after: list[Block], overrides: list[dict[str, Any]]) -> None:
+    width = next((part.width_key for block in after if (part := block.mlp) is not None), None)
+    expert = next((part.width_key for block in after if (part := block.experts) is not None), None)
+    for i, block in enumerate(after):
+        skip = ["attention"] if block.attention is None else []
+        skip += ["mlp"] if block.mlp is None and block.experts is None else []
+        if not skip:
+            continue
+        overrides[i]["skip"] = skip
+        guards = {"attention": (HEADS_KEY,), "mlp": tuple(key for key in (width, expert) if key)}
+        for part in skip:
+            for key in guards[part]:
+                if _has(config, key):
+                    overrides[i][key] = 0
+        if "attention" in skip and HEADS_KEY not in overrides[i] and hasattr(config, DROPOUT_KEY):
+            overrides[i][DROPOUT_KEY] = 1.0
+
+
+def _remap(top: PreTrainedConfig, config: PreTrainedConfig, kept: list[int], count: int, tower: Tower) -> None:
+    """Renumber everything that speaks of single layers when blocks go."""
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ArchitectureError(
+            f"the last layers of this {config.model_type} model read the keys of earlier ones, so blocks cannot be"
+            " removed; drop MLPs instead"
+        )
+    config.num_hidden_layers = len(kept)
+    for key in _PER_LAYER_LISTS:
+        values = vars(config).get(key)
+        if isinstance(values, (list, tuple)) and len(values) == count:
+            setattr(config, key, [values[i] for i in kept])
+    if getattr(config, "mlp_only_layers", None) is not None:
+        step = getattr(config, "decoder_sparse_step", 1)
+        dense = {i for i in range(count) if i in config.mlp_only_layers or (i + 1) % step != 0}
+        config.mlp_only_layers = [new for new, old in enumerate(kept) if old in dense]
+        config.decoder_sparse_step = 1
+    if getattr(config, "first_k_dense_replace", None):
+        config.first_k_dense_replace = sum(i < config.first_k_dense_replace for i in kept)
+    chosen = getattr(top, "vision_feature_layer", None)
+    if tower.name == "vision" and chosen is not None:
+        top.vision_feature_layer = (
+            [_hidden_state(c, kept, count) for c in chosen] if isinstance(chosen, list) else _hidden_state(chosen, kept, count)
+        )
+
+
+def _hidden_state(chosen: int, kept: list[int], count: int) -> int:
+    """Renumber an entry of ``hidden_states`` (0 is the embedding, i the output of block i - 1; negative from the end)."""
+    if chosen >= 0:
+        return sum(i < chosen for i in kept)
+    return -sum(i >= count + 1 + chosen for i in kept) - 1
+
+
+def renumbered(blocks: Sequence[Block], layers: str) -> tuple[Block, ...]:
+    """Return blocks counted from 0 again, with their new paths."""
+    return tuple(replace(block, index=i, path=f"{layers}.{i}") for i, block in enumerate(blocks))

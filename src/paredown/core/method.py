@@ -1,0 +1,178 @@
+"""What a method is: a frozen pydantic model whose fields are its hyper-parameters.
+
+- Registering is one decorator, :func:`register`; README table, docs, command line and test matrix follow from it.
+- Class attributes say what the catalogue needs to know; the first paragraph of the docstring is its summary.
+- Importing this module imports no torch, so that methods can be listed in an instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from paredown.core.edits import Edit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+    from paredown.core.anatomy import Block
+    from paredown.core.calibration import Batch
+    from paredown.core.checkpoint import Model
+    from paredown.core.statistics import Observer
+
+Scores = Mapping[str, "torch.Tensor"]
+Axis = Literal[
+    "experts", "depth", "width", "weights", "bits", "cache", "vision", "context", "training", "architecture", "analysis"
+]
+Kind = Literal["compressor", "policy", "training", "selector", "probe"]
+Progress = Callable[[int, int, str], None]
+
+
+class Method(BaseModel):
+    """Base of all methods. Subclasses set the class attributes and declare their hyper-parameters as fields.
+
+    Attributes
+    ----------
+    name : name on the command line, in recipes and in tables
+    title, year, arxiv : the source; ``arxiv`` is None for what has no paper (controls)
+    axis : what is made smaller
+    kind : when the method acts
+    unit : what is removed, in the plural ("experts", "attention sub-layers")
+    needs : what must be given: "calibration-data", "training"
+    control : True for a baseline that others are compared with
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    year: ClassVar[int | None] = None
+    arxiv: ClassVar[str | None] = None
+    axis: ClassVar[Axis]
+    kind: ClassVar[Kind]
+    unit: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    control: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class View:
+    """One block as methods see it: the module in memory, its anatomy, and the config that it was built from."""
+
+    module: nn.Module
+    part: Block
+    config: PreTrainedConfig
+
+    def child(self, path: str) -> Any:
+        """Return the submodule at ``path``, relative to the block."""
+        return self.module.get_submodule(path)
+
+
+@dataclass
+class Outcome:
+    """What a compressor did: decisions unit by unit, and what it cost to reach them.
+
+    ``coverage`` tells what the calibration data reached (for experts: tokens seen, layer by layer);
+    ``touched_share`` is the share of all parameters that were removed or changed.
+    """
+
+    edits: list[Edit]
+    touched_share: float
+    coverage: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    seconds_by_stage: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+
+
+class Compressor(Method):
+    """A method that acts on weights: observe -> score -> decide -> rewrite -> surgery, one block at a time.
+
+    A subclass writes ``score`` and ``decide``; the engine in ``core.compression`` does the rest, in memory or from
+    disk. ``scope`` says whether a layer's decision needs that layer's scores alone; ``propagate`` says whether later
+    layers are observed behind the dense or behind the already compressed earlier ones.
+    """
+
+    kind: ClassVar[Kind] = "compressor"
+    scope: ClassVar[Literal["layer", "global"]] = "layer"
+    propagate: ClassVar[Literal["dense", "edited"]] = "dense"
+
+    keep: float = Field(0.5, gt=0, le=1, description="Share of the units that stay; 1 changes nothing.")
+
+    def applies(self, part: Block) -> bool:
+        """Whether the block has what this method removes."""
+        raise NotImplementedError
+
+    def observe(self, view: View) -> list[Observer]:
+        """Return what to measure while calibration data pass the block; nothing for data-free methods."""
+        return []
+
+    def score(self, view: View, seen: Scores, seed: int) -> dict[str, torch.Tensor]:
+        """Turn measurements and weights into scores: small CPU tensors that the journal keeps.
+
+        A score must be a function of its arguments alone, so that an interrupted run goes on with the same numbers.
+        """
+        raise NotImplementedError
+
+    def decide(self, blocks: Sequence[Block], scores: Mapping[int, Scores]) -> list[Edit]:
+        """Turn scores into edits, within the budget, exactly. ``scores`` is keyed by layer."""
+        raise NotImplementedError
+
+    def rewrite(self, view: View, edits: Sequence[Edit], scores: Scores) -> None:
+        """Change weights that stay, before surgery removes the others. Most methods have nothing to do here."""
+
+    def placeholder(self, part: Block) -> dict[str, torch.Tensor]:
+        """Scores of the right shapes for a plan: which units go does not matter then, only how many."""
+        raise NotImplementedError
+
+    def shared(self) -> Mapping[str, Any]:
+        """Hyper-parameters and budget, for records."""
+        return self.model_dump()
+
+    def compress(
+        self, model: Model, data: Batch | None, *, seed: int = 0, progress: Progress | None = None
+    ) -> Outcome:
+        """Compress ``model`` in place, in memory.
+
+        Parameters
+        ----------
+        model : changed in place: weights, config and anatomy
+        data : calibration tokens ``[N, T]``; None for methods that look at weights only
+        seed : fixes whatever the method draws
+        progress : called as ``progress(done, total, text)``
+
+        Raises
+        ------
+        ArchitectureError
+            If no block has what the method removes.
+        BudgetError
+            If ``keep`` cannot be met.
+        """
+        from paredown.core import compression
+
+        return compression.compress_in_memory(self, model, data, seed=seed, progress=progress)
+
+
+_REGISTERED: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a method known under its ``name``."""
+    for attribute in ("name", "title", "axis", "kind", "unit"):
+        if not isinstance(getattr(cls, attribute, None), str):
+            raise TypeError(f"{cls.__name__} must set the class attribute {attribute!r}")
+    other = _REGISTERED.get(cls.name)
+    if other is not None and other.__qualname__ != cls.__qualname__:
+        raise TypeError(f"two methods are called {cls.name!r}: {other.__qualname__} and {cls.__qualname__}")
+    _REGISTERED[cls.name] = cls
+    return cls
+
+
+def registered() -> Iterator[type[Method]]:
+    """Yield the methods whose modules have been imported so far."""
+    yield from _REGISTERED.values()

@@ -1,0 +1,39 @@
+"""Memory of this process, from the operating system or the GPU's allocator."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of the peak, where the system allows it (Linux, CUDA)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # Not allowed in some containers; the peak is then that of the whole process.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory in bytes since the last reset, plus the GPU allocator's peak."""
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return _status("VmHWM") + gpu
+
+
+def resident_memory() -> int:
+    """Return the resident memory of this process in bytes."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,120 @@
+"""Questions with answers: the testbeds' own tasks, and those of lm-eval; one number a question, in a fixed order.
+
+The same questions are put to every model, so that scores pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from paredown.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from paredown.core.checkpoint import Model
+
+Points = npt.NDArray[np.float64]
+
+BUILT_IN = ("recall", "mosaic")
+QUESTIONS = 200
+_OF_TESTBED = {"testbed:recall": "recall", "testbed:vlm": "mosaic"}
+
+
+def own(*refs: str | None) -> list[str]:
+    """Return the built-in tasks that belong to the testbeds among ``refs``."""
+    return list(dict.fromkeys(_OF_TESTBED[ref] for ref in refs if ref in _OF_TESTBED))
+
+
+def ask(task: str, model: Model, *, questions: int = QUESTIONS) -> Points:
+    """Put a built-in task to a model and return 0 or 1 for each of ``questions`` questions.
+
+    Raises
+    ------
+    UsageError
+        If the model cannot be asked: no image processor, too few positions.
+    """
+    from paredown import testbeds
+    from paredown.testbeds import tasks
+
+    hf: Any = model.hf
+    if task == "recall":
+        if model.tokenizer is None:
+            raise UsageError(f"the task recall needs a tokenizer, and {model.source} has none.")
+        length = min(512, (getattr(hf.config.get_text_config(), "max_position_embeddings", None) or 512) - 8)
+        texts = testbeds.heldout_texts("recall")
+        try:
+            hits = tasks.recall_accuracy(hf, model.tokenizer, texts, length=length, count=questions)
+        except ValueError as error:
+            raise UsageError(f"the task recall cannot be put to {model.source} ({error}).") from None
+        return hits.astype(np.float64)
+    if task == "mosaic":
+        if model.processor is None:
+            raise UsageError(
+                f"the task mosaic needs an image processor, and {model.source} has none that can be read: "
+                "pip install 'paredown[vision]'."
+            )
+        digits, labels = testbeds.heldout_digits()
+        return tasks.mosaic_accuracy(hf, model.processor, digits, labels, count=questions).astype(np.float64)
+    raise UsageError(f"there is no built-in task {task!r}; there are {' and '.join(BUILT_IN)}.")
+
+
+def harness(model: Model, names: Sequence[str], *, limit: int | None = None) -> dict[str, dict[str, float]]:
+    """Put lm-eval's tasks to a model.
+
+    Parameters
+    ----------
+    model
+        What is asked.
+    names
+        Names as lm-eval knows them.
+    limit
+        Questions of each task; all of them by default.
+
+    Returns
+    -------
+    dict
+        ``{"task metric": {question: points}}`` for every metric that gives a number for each question.
+
+    Raises
+    ------
+    UsageError
+        If lm-eval is not installed.
+    DataError
+        If lm-eval does not know a task, cannot get its questions, or fails.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise UsageError(
+            f"the tasks {', '.join(names)} are lm-eval's, which is not installed: pip install 'paredown[eval]'."
+        ) from None
+    try:
+        lm = HFLM(pretrained=model.hf, tokenizer=model.tokenizer, backend="causal", batch_size=8)
+        found = simple_evaluate(model=lm, tasks=list(names), limit=limit, log_samples=True, bootstrap_iters=0)
+    except Exception as error:  # it passes on whatever its tasks, files and servers raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"lm-eval could not run {', '.join(names)} ({lines[0][:200].rstrip('.')}).") from error
+    return points(found["samples"])
+
+
+def points(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Take from lm-eval's samples what each question scored, metric by metric."""
+    found: dict[str, dict[str, float]] = {}
+    for task in sorted(samples):
+        for sample in samples[task]:
+            key = f"{sample['doc_id']}/{sample.get('filter', 'none')}"
+            for metric in sample.get("metrics", ("acc", "acc_norm", "exact_match")):
+                value = sample.get(metric)
+                if isinstance(value, bool | int | float):
+                    found.setdefault(f"{task} {metric}", {})[key] = float(value)
+    return found
+
+
+def matched(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[Points, Points]:
+    """Return two models' points on the questions that both were asked, in one order."""
+    keys = [key for key in before if key in after]
+    return np.array([before[key] for key in keys]), np.array([after[key] for key in keys])

@@ -1,0 +1,98 @@
+"""The training loop: resuming, schedules, and the way from a run to a testbed's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from paredown.testbeds import corpus, objectives, publish, shapes, tasks, train
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 16}
+TEXT = "One two three four five six seven. The secret number of house is 123. Words follow words for ever and ever.\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return corpus.train_tokenizer([TEXT * 4], vocabulary=320)
+
+
+def _objective(name: str, tokenizer) -> objectives.Objective:
+    stream = corpus.encode([TEXT * 40], tokenizer)
+    if name == "recall":
+        return objectives.Recall(stream, tokenizer, tasks.names_in([TEXT]), tokens_per_step=256, lengths=(128,))
+    if name == "vlm":
+        digits = np.random.default_rng(0).integers(0, 255, size=(20, 28, 28), dtype=np.uint8)
+        return objectives.MosaicQuestions(digits, np.arange(20) % 10, tokenizer, 96, batch=2, seeing=0.5)
+    return objectives.PlainText(stream, tokens_per_step=128, lengths=(32, 64))
+
+
+def _trainer(name: str, tokenizer, folder: Path) -> train.Trainer:
+    torch.manual_seed(0)
+    size = TINY | ({"moe_intermediate_size": 16, "num_experts": 4} if name == "moe" else {})
+    model = shapes.build(name, tokenizer, **size)
+    return train.Trainer(model, _objective(name, tokenizer), train.Schedule(steps=4), folder, about={"data": "made up"})
+
+
+@pytest.mark.parametrize("name", ["lm", "moe", "recall", "vlm"])
+def test_a_resumed_run_ends_with_the_same_weights(name: str, tokenizer, tmp_path: Path) -> None:
+    straight = _trainer(name, tokenizer, tmp_path / "straight")
+    straight.run()
+    stopped = _trainer(name, tokenizer, tmp_path / "stopped")
+    stopped.run(stop_at=2)
+    resumed = _trainer(name, tokenizer, tmp_path / "stopped")
+    assert resumed.resume()
+    assert resumed.progress.step == 2
+    resumed.run()
+    assert resumed.progress.tokens == straight.progress.tokens
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_training_lowers_the_loss(tokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = shapes.build("lm", tokenizer, **TINY)
+    trainer = train.Trainer(model, _objective("lm", tokenizer), train.Schedule(steps=40), tmp_path, peak_rate=2e-2)
+    first = trainer.step()
+    trainer.run()
+    assert trainer.progress.loss < 0.8 * first
+
+
+def test_the_schedule_warms_up_and_ends_low() -> None:
+    schedule = train.Schedule(steps=1000)
+    assert schedule.rate(train.Progress(step=0)) == pytest.approx(1 / train.WARMUP_STEPS)
+    assert schedule.rate(train.Progress(step=train.WARMUP_STEPS)) > 0.95
+    assert schedule.rate(train.Progress(step=1000)) == pytest.approx(0.01)
+    assert train.Schedule(minutes=10).fraction(train.Progress(seconds=300)) == 0.5
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(tokenizer, tmp_path: Path) -> None:
+    assert not _trainer("lm", tokenizer, tmp_path).resume()
+
+
+def test_from_data_to_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two commands, on made-up data: a tokenizer is trained, the folder is complete and loads."""
+    data = tmp_path / "data" / "tales"
+    data.mkdir(parents=True)
+    lines = (json.dumps({"id": n, "title": f"tale {n}", "text": f"Tale {n}.\n" + TEXT * 12}) for n in range(120))
+    (data / "tales.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setitem(shapes.SIZES, "lm", TINY)
+    run, to = tmp_path / "run", tmp_path / "published"
+    train.main(["lm", "--data", str(tmp_path / "data"), "--out", str(run), "--steps", "1"])
+    publish.main(["lm", "--data", str(tmp_path / "data"), "--run", str(run), "--to", str(to)])
+    folder = to / "lm"
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    assert json.loads((folder / "training.json").read_text())["step"] == 1
+    calibration, heldout = (
+        {json.loads(line)["source"] for line in (folder / file).read_text().splitlines()}
+        for file in ("calibration.jsonl", "heldout.jsonl")
+    )
+    assert calibration
+    assert heldout
+    assert not calibration & heldout
+    assert all(source in (folder / "PROVENANCE.md").read_text() for source in calibration | heldout)
+    assert not any(str(tmp_path) in file.read_text() for file in folder.glob("*.json"))
