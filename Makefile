@@ -34,7 +34,7 @@ install: $(STAMP)
 demo: $(STAMP) ## Take half the experts out of a trained mixture-of-experts model, with proof and report
 	$(BIN)/paredown run testbed:moe --method dern --keep 0.5 --out demo-output --force
 	@echo
-	@echo "The smaller model is in demo-output; open demo-output/report.html in a browser."
+	@echo "The smaller model is in demo-output; open demo-output/paredown/report.html in a browser."
 
 test: $(STAMP) ## Run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -20,6 +20,7 @@ import typer
 
 from paredown import registry
 from paredown.commands import app
+from paredown.commands.methods import needs, type_name
 from paredown.registry import Entry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,7 @@ def build(root: Path = ROOT) -> dict[Path, str]:
         Path("docs/cli.md"): command_line(),
         Path("docs/recipe.schema.json"): schema(),
         Path("docs/methods/index.md"): index(entries),
+        Path("src/paredown/methods/measured.json"): published(entries, root),
     }
     for entry in entries:
         pages[Path(f"docs/methods/{entry.name}.md")] = method_page(entry, measured(entry, root))
@@ -91,12 +93,11 @@ def index(entries: tuple[Entry, ...]) -> str:
 
 def method_page(entry: Entry, result: dict[str, Any] | None) -> str:
     """Return one method's page."""
-    needs = ", ".join(entry.needs) or "nothing but the weights"
     facts = [
         ("axis", entry.axis),
         ("removes", entry.unit),
         ("kind", entry.kind + (" (a control: what others are compared with)" if entry.control else "")),
-        ("needs", needs),
+        ("needs", needs(entry)),
         ("source", source(entry)),
         ("code", f"`src/{entry.module.replace('.', '/')}.py`"),
     ]
@@ -108,7 +109,7 @@ def method_page(entry: Entry, result: dict[str, Any] | None) -> str:
             _row(
                 (
                     f"`{field.name}`",
-                    f"`{field.type}`",
+                    type_name(field.type),
                     "required" if field.required else f"`{json.dumps(field.default)}`",
                     field.description,
                 )
@@ -133,6 +134,13 @@ def measured(entry: Entry, root: Path) -> dict[str, Any] | None:
     if missing:
         raise SystemExit(f"error: {path.relative_to(root)} cannot be published without: {', '.join(missing)}")
     return result
+
+
+def published(entries: tuple[Entry, ...], root: Path) -> str:
+    """Return the results that an installed package shows."""
+    results = {entry.name: measured(entry, root) for entry in entries}
+    kept = {name: {key: result[key] for key in PUBLISHED} for name, result in sorted(results.items()) if result}
+    return json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
 
 
 def source(entry: Entry) -> str:

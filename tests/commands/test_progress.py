@@ -37,6 +37,16 @@ def test_time_left_is_told_in_proportion(monkeypatch):
     assert stream.getvalue() == "scoring: 0 %\nscoring: 20 %, 1 min 30 s left\n"
 
 
+def test_a_resumed_stage_counts_only_what_it_saw(monkeypatch):
+    now = iter([100.0, 130.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    stream = io.StringIO()
+    with progress(stream) as report:
+        report(6, 10, "scoring")
+        report(8, 10, "scoring")
+    assert stream.getvalue() == "scoring: 60 %\nscoring: 80 %, 30 s left\n"
+
+
 def test_stages_are_told_apart():
     stream = io.StringIO()
     with progress(stream) as report:

@@ -41,7 +41,7 @@ def _seeded(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
                 if parameter.numel() < 2 or torch.all(parameter == parameter.flatten()[0]):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
                 elif parameter.dim() > 1:
-                    # The usual 0.02 makes every sub-layer's contribution vanish beside the stream in a model this small.
+                    # With the usual 0.02 a sub-layer's contribution vanishes beside the stream in a model this small.
                     parameter.mul_(4.0)
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):
@@ -131,7 +131,7 @@ def qwen3_moe_mixed() -> PreTrainedModel:
 
 
 def deepseek_v3() -> PreTrainedModel:
-    """Latent attention, a dense first layer, two groups of experts of which one is open, correction bias, shared experts."""
+    """Latent attention, a dense first layer, two groups of experts (one open), correction bias, shared experts."""
     config = tf.DeepseekV3Config(
         **{**_TEXT, "num_key_value_heads": 4, "num_hidden_layers": 4},
         moe_intermediate_size=16,

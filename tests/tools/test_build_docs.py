@@ -45,7 +45,7 @@ def test_a_method_page_says_everything(docs, entry):
     for part in (
         "# imagined",
         "Removes what was imagined.",
-        "calibration-data",
+        "calibration data",
         "`alpha`",
         "`0.5`",
         "How \\| how.",

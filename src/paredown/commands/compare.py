@@ -28,7 +28,7 @@ def command(
     wanted, keeps = options.names("--methods", methods), options.numbers("--keep", keep)
     from paredown.commands.output import console, emit
     from paredown.commands.progress import progress
-    from paredown.report import text
+    from paredown.report.results import comparison
     from paredown.workflow.compare import compare
 
     with progress() as report:
@@ -36,4 +36,4 @@ def command(
     if as_json:
         emit(record)
     else:
-        text.comparison(record, console())
+        comparison(record, console())

@@ -38,7 +38,7 @@ def command(
     wanted = options.names("--tasks", tasks) if tasks is not None else []
     from paredown.commands.output import console, emit
     from paredown.commands.progress import progress
-    from paredown.report import text
+    from paredown.report.results import evaluation
     from paredown.workflow.evaluate import evaluate
 
     with progress() as report:
@@ -46,4 +46,4 @@ def command(
     if as_json:
         emit(record)
     else:
-        text.evaluation(record, console())
+        evaluation(record, console())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,55 +18,59 @@ Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Show this one 
 
 
 def command(name: Name = None, as_json: options.Json = False) -> None:
-    """List the methods, or show one: its paper, its fields, what it needs."""
+    """List the methods, or show one: its paper, its fields, what it needs, what was measured."""
     from paredown import registry
     from paredown.commands.output import console, emit
+    from paredown.published import measured
 
-    found = registry.entries() if name is None else registry.entry(name)
+    if name is None:
+        entries = registry.entries()
+        if as_json:
+            emit(entries)
+        else:
+            _list(entries, console())
+        return
+    entry = registry.entry(name)
     if as_json:
-        emit(found)
-    elif isinstance(found, tuple):
-        _list(found, console())
+        emit({"method": entry, "measured": measured(name)})
     else:
-        _show(found, console())
+        _show(entry, console())
 
 
 def _list(entries: tuple[Entry, ...], out: Console) -> None:
-    from rich.table import Table
+    from paredown.commands.output import table
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("axis", "method", "removes", "source"):
-        table.add_column(column, no_wrap=column != "source")
-    axis = ""
-    for entry in entries:
-        table.add_row("" if entry.axis == axis else entry.axis, entry.name, entry.unit, source(entry))
-        axis = entry.axis
-    out.print(table)
-    out.print("\n`paredown methods NAME` shows one in full.", markup=False)
+    table(out, ("axis", "method", "removes", "source"), [(e.axis, e.name, e.unit, source(e)) for e in entries])
 
 
 def _show(entry: Entry, out: Console) -> None:
-    from rich.table import Table
+    from paredown.commands.output import say, table
+    from paredown.published import measured
 
-    out.print(f"{entry.name}: {entry.summary}", markup=False)
-    facts = Table(box=None, pad_edge=False, show_header=False)
-    facts.add_row("source", source(entry))
-    facts.add_row("axis", entry.axis)
-    facts.add_row("removes", entry.unit)
-    facts.add_row("kind", entry.kind)
-    facts.add_row("needs", ", ".join(entry.needs) or "nothing but the weights")
-    out.print()
-    out.print(facts)
-    if not entry.fields:
-        return
-    fields = Table(box=None, pad_edge=False)
-    for column in ("field", "type", "default", "meaning"):
-        fields.add_column(column, no_wrap=column in {"field", "default"})
-    for field in entry.fields:
-        default = "required" if field.required else str(field.default)
-        fields.add_row(field.name, field.type, default, field.description)
-    out.print()
-    out.print(fields)
+    say(out, f"{entry.name}: {entry.summary}")
+    say(out)
+    facts = [
+        ("source", source(entry)),
+        ("axis", entry.axis),
+        ("removes", entry.unit),
+        ("kind", entry.kind),
+        ("needs", needs(entry)),
+    ]
+    result = measured(entry.name)
+    if result is not None:
+        facts += [
+            ("measured", result.summary),
+            ("by", result.command),
+            ("at", f"commit {result.commit}, {result.seeds} seeds, {result.hardware}"),
+        ]
+    table(out, ("", ""), facts)
+    if entry.fields:
+        say(out)
+        rows = [
+            (field.name, type_name(field.type), "required" if field.required else str(field.default), field.description)
+            for field in entry.fields
+        ]
+        table(out, ("field", "type", "default", "meaning"), rows)
 
 
 def source(entry: Entry) -> str:
@@ -73,3 +78,15 @@ def source(entry: Entry) -> str:
     year = f" ({entry.year})" if entry.year else ""
     number = f", arXiv:{entry.arxiv}" if entry.arxiv else ""
     return f"{entry.title}{year}{number}"
+
+
+def needs(entry: Entry) -> str:
+    """Say what must be given besides the model."""
+    return ", ".join(need.replace("-", " ") for need in entry.needs) or "nothing but the weights"
+
+
+def type_name(annotation: str) -> str:
+    """Say a type as people do: ``Literal['a', 'b']`` is a or b, ``int | None`` is int or none."""
+    literal = re.fullmatch(r"Literal\[(.*)\]", annotation)
+    text = " | ".join(re.findall(r"'([^']*)'", literal.group(1))) if literal else annotation
+    return text.replace("NoneType", "None").replace(" | None", " | none").replace(" | ", " or ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -12,22 +13,49 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     from rich.console import Console
 
-PIPED_WIDTH = 120
-"""Columns of a table that goes into a pipe or a file, where there is no terminal to ask."""
-
 
 def console() -> Console:
     """Return the console for results."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    return Console(file=sys.stdout, highlight=False)
 
 
 def notes() -> Console:
     """Return the console for what is not a result: standard error."""
     from rich.console import Console
 
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    return Console(file=sys.stderr, highlight=False)
+
+
+def table(out: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of texts, literally: folded to its width on a terminal, a line a row where it is piped.
+
+    ``heads`` may be all empty, and are left out then; the last column is the one that may be long.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    if not out.is_terminal:
+        shown = [heads, *rows] if any(heads) else list(rows)
+        widths = [max((len(row[i]) for row in shown), default=0) for i in range(len(heads) - 1)]
+        for row in shown:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+            out.print(Text("  ".join([*cells, row[-1]]).rstrip()), soft_wrap=True)
+        return
+    made = Table(box=None, pad_edge=False, show_header=any(heads), header_style="dim")
+    for index, head in enumerate(heads):
+        made.add_column(head, no_wrap=index < len(heads) - 1, overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    out.print(made)
+
+
+def say(out: Console, text: str = "") -> None:
+    """Print a line of text, literally."""
+    from rich.text import Text
+
+    out.print(Text(text), soft_wrap=not out.is_terminal)
 
 
 def emit(value: object) -> None:
@@ -39,7 +67,7 @@ def emit(value: object) -> None:
 
 def _plain(value: object) -> Any:
     if isinstance(value, BaseModel):
-        return json.loads(value.model_dump_json())
+        return _plain(value.model_dump(mode="json"))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):

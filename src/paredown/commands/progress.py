@@ -45,13 +45,13 @@ class Lines:
         self._stream = stream
         self._stage = _Stage()
         self._began = 0.0
+        self._base = 0  # units that were done when the stage was first heard of: a resumed one starts late
         self._told = 0
 
     def __call__(self, done: int, total: int, what: str, /) -> None:
         """Write a line if a tenth was reached."""
         if self._stage.opens(done, total, what):
-            self._began = time.monotonic()
-            self._told = -1
+            self._began, self._base, self._told = time.monotonic(), done, -1
         tenth = STEPS if total <= 0 else done * STEPS // total
         if tenth <= self._told:
             return
@@ -60,9 +60,10 @@ class Lines:
         self._stream.flush()
 
     def _left(self, done: int, total: int) -> str:
-        if not 0 < done < total:
+        if not self._base < done < total:
             return ""
-        return f", {duration((time.monotonic() - self._began) / done * (total - done))} left"
+        each = (time.monotonic() - self._began) / (done - self._base)
+        return f", {duration(each * (total - done))} left"
 
 
 class Bars:

@@ -19,15 +19,29 @@ FUSED_ORDER: dict[str, Literal["interleaved", "stacked"]] = {
 }
 
 # Families whose attention reads `config.head_dim` although their configuration class does not declare it.
-READS_HEAD_DIM = frozenset({"phi", "qwen2", "qwen2_moe", "qwen2_vl_text", "olmoe"})
+READS_HEAD_DIM = frozenset({"phi", "qwen2", "qwen2_moe"})
 
 # Families whose attention derives the size of a head from the hidden size whatever the configuration says.
-IGNORES_HEAD_DIM = frozenset({"gpt_neox", "bert", "vit", "clip_vision_model", "internvl_vision", "siglip_vision_model"})
+IGNORES_HEAD_DIM = frozenset(
+    {
+        "bert",
+        "clip_vision_model",
+        "gpt_neox",
+        "internvl_vision",
+        "qwen2_5_vl_text",
+        "qwen2_5_vl_vision",
+        "qwen2_vl_text",
+        "qwen2_vl_vision",
+        "siglip_vision_model",
+        "vit",
+    }
+)
 
 # Configuration keys that hold the width of the dense MLP, tried in this order.
 MLP_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "mlp_dim")
 
-# The key that is written where a configuration has none (Qwen2-VL's tower computes its width from ``mlp_ratio``).
+# Families that compute the width from other keys, and from which; layers that were cut name theirs in `MLP_WIDTH_KEY`.
+COMPUTED_WIDTH: dict[str, tuple[str, str]] = {"qwen2_vl_vision": ("embed_dim", "mlp_ratio")}
 MLP_WIDTH_KEY = "intermediate_size"
 
 # Experts: configuration keys of their count, width, experts a token and groups, tried in this order.
@@ -35,7 +49,9 @@ EXPERT_COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "mo
 EXPERT_WIDTH_KEYS = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
 EXPERT_TOP_K_KEYS = ("num_experts_per_tok", "top_k", "moe_k")
 EXPERT_GROUP_KEYS = ("n_group", "num_expert_group")
-SHARED_WIDTH_KEYS = ("shared_expert_intermediate_size", "n_shared_experts")
+# A configuration that has the first computes the shared width from the routed one; the second is then only written
+# by surgery.
+SHARED_WIDTH_KEYS = ("n_shared_experts", "shared_expert_intermediate_size")
 
 # A sub-layer's own norms, by name: (before attention, after attention, before the MLP, after the MLP). The first row
 # whose names all occur in a block is taken, so longer patterns come first.

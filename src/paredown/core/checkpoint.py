@@ -149,7 +149,9 @@ class Skeleton:
         report = self._convert(state, device)
         absent = {k for k in report.missing_keys if below(k, prefixes) and not below(k, without)}
         _check_loading(self.folder, absent - self._tied(), report.mismatched_keys)
-        self.hf.tie_weights(missing_keys=set(), recompute_mapping=False)
+        for target, source in (getattr(self.hf, "all_tied_weights_keys", None) or {}).items():
+            owner, _, leaf = target.rpartition(".")
+            self.hf.get_submodule(owner)._parameters[leaf] = self.hf.get_parameter(source)
 
     def empty(self, prefix: str) -> None:
         """Forget the weights below ``prefix``."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from paredown.core import architectures as names
@@ -35,7 +34,8 @@ _PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attenti
 HEADS_KEY = "num_key_value_heads"
 SHARED_KEY = "shared_expert_intermediate_size"
 WIDTHS_KEY = "expert_widths"
-DROPOUT_KEY = "attention_dropout"
+# Read by every attention on building, unlike the count of key-value heads.
+DROPOUT_KEYS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 
 
 def new_config(
@@ -62,7 +62,7 @@ def new_config(
     _write_heads(part, which, after, overrides)
     _write_widths(part, after, overrides)
     _write_experts(part, after, overrides)
-    _write_skips(part, after, overrides)
+    _write_skips(part, which, after, overrides)
     written = {i: override for i, override in enumerate(overrides) if override}
     if written:
         part.per_layer_config = written
@@ -131,31 +131,19 @@ def _has(config: PreTrainedConfig, key: str) -> bool:
     return key in vars(config)
 
 
-def _write(
-    config: PreTrainedConfig, key: str, values: dict[int, Any], overrides: list[dict[str, Any]], default: Any = None
-) -> None:
-    """Write a value a layer: globally where all agree, else the largest globally and each other one in its layer.
+def _write(config: PreTrainedConfig, key: str, values: dict[int, int], overrides: list[dict[str, Any]]) -> None:
+    """Write a number a layer: globally where all agree, else the largest globally and each other one in its layer.
 
     Plain code builds from the global value; `layered` cuts each layer down from it, so it must be the largest.
     """
-    if not values:
-        return
-    if not _has(config, key):
-        setattr(config, key, default)
     largest = max(values.values())
-    if len(set(values.values())) == 1 and default is None:
-        setattr(config, key, largest)
-        return
-    if default is None:
-        setattr(config, key, largest)
+    setattr(config, key, largest)
     for i, value in values.items():
-        if value != getattr(config, key):
+        if value != largest:
             overrides[i][key] = value
 
 
-def _write_heads(
-    config: PreTrainedConfig, tower: Tower, after: list[Block], overrides: list[dict[str, Any]]
-) -> None:
+def _write_heads(config: PreTrainedConfig, tower: Tower, after: list[Block], overrides: list[dict[str, Any]]) -> None:
     counts = {i: block.attention.kv_heads for i, block in enumerate(after) if block.attention is not None}
     sample = next((block.attention for block in after if block.attention is not None), None)
     if sample is None or sample.layout == "mla":
@@ -195,11 +183,11 @@ def _write_widths(config: PreTrainedConfig, after: list[Block], overrides: list[
     key = next((block.mlp.width_key for block in after if block.mlp is not None), None)
     if key is None:
         return
-    if _has(config, key):
+    factors = names.COMPUTED_WIDTH.get(config.model_type)
+    if factors is None:
         _write(config, key, dense, overrides)
         return
-    # The family computes its width from another key: every layer that was cut says so, the global value stays empty.
-    built = int(config.embed_dim * config.mlp_ratio) if hasattr(config, "mlp_ratio") else None
+    built = int(getattr(config, factors[0]) * getattr(config, factors[1]))
     changed = {i: width for i, width in dense.items() if width != built}
     if changed:
         setattr(config, key, built)
@@ -239,22 +227,18 @@ def _write_experts(config: PreTrainedConfig, after: list[Block], overrides: list
     _write(config, SHARED_KEY, shared, overrides)
 
 
-def _write_skips(config: PreTrainedConfig, after: list[Block], overrides: list[dict[str, Any]]) -> None:
-    width = next((part.width_key for block in after if (part := block.mlp) is not None), None)
-    expert = next((part.width_key for block in after if (part := block.experts) is not None), None)
+def _write_skips(config: PreTrainedConfig, tower: Tower, after: list[Block], overrides: list[dict[str, Any]]) -> None:
+    widths = {part.width_key for block in tower.blocks if (part := block.mlp or block.experts) is not None}
     for i, block in enumerate(after):
         skip = ["attention"] if block.attention is None else []
         skip += ["mlp"] if block.mlp is None and block.experts is None else []
         if not skip:
             continue
         overrides[i]["skip"] = skip
-        guards = {"attention": (HEADS_KEY,), "mlp": tuple(key for key in (width, expert) if key)}
-        for part in skip:
-            for key in guards[part]:
-                if _has(config, key):
-                    overrides[i][key] = 0
-        if "attention" in skip and HEADS_KEY not in overrides[i] and hasattr(config, DROPOUT_KEY):
-            overrides[i][DROPOUT_KEY] = 1.0
+        guards = {"attention": {HEADS_KEY}, "mlp": widths or set(names.MLP_WIDTH_KEYS)}
+        overrides[i] |= {key: 0 for one in skip for key in guards[one] if _has(config, key)}
+        if "attention" in skip and HEADS_KEY not in overrides[i]:
+            overrides[i] |= {key: 1.0 for key in DROPOUT_KEYS if _has(config, key)}
 
 
 def _remap(top: PreTrainedConfig, config: PreTrainedConfig, kept: list[int], count: int, tower: Tower) -> None:
@@ -279,17 +263,14 @@ def _remap(top: PreTrainedConfig, config: PreTrainedConfig, kept: list[int], cou
     chosen = getattr(top, "vision_feature_layer", None)
     if tower.name == "vision" and chosen is not None:
         top.vision_feature_layer = (
-            [_hidden_state(c, kept, count) for c in chosen] if isinstance(chosen, list) else _hidden_state(chosen, kept, count)
+            [_hidden_state(one, kept, count) for one in chosen]
+            if isinstance(chosen, list)
+            else _hidden_state(chosen, kept, count)
         )
 
 
 def _hidden_state(chosen: int, kept: list[int], count: int) -> int:
-    """Renumber an entry of ``hidden_states`` (0 is the embedding, i the output of block i - 1; negative from the end)."""
+    """Renumber an entry of ``hidden_states``: 0 the embedding, i the output of block i - 1, negative from the end."""
     if chosen >= 0:
         return sum(i < chosen for i in kept)
     return -sum(i >= count + 1 + chosen for i in kept) - 1
-
-
-def renumbered(blocks: Sequence[Block], layers: str) -> tuple[Block, ...]:
-    """Return blocks counted from 0 again, with their new paths."""
-    return tuple(replace(block, index=i, path=f"{layers}.{i}") for i, block in enumerate(blocks))

@@ -17,7 +17,7 @@ from transformers.integrations.heterogeneity import HeterogeneousConfigMixin
 
 from paredown.core import anatomy
 from paredown.core.anatomy import Block
-from paredown.core.configs import DROPOUT_KEY, HEADS_KEY, SHARED_KEY, WIDTHS_KEY, is_uniform, overrides_of
+from paredown.core.configs import DROPOUT_KEYS, HEADS_KEY, SHARED_KEY, WIDTHS_KEY, is_uniform, overrides_of
 from paredown.core.edits import DropSublayer, Edit, KeepExpertNeurons, KeepExperts, KeepHeads, KeepNeurons
 from paredown.errors import CheckpointError
 
@@ -48,11 +48,11 @@ def layered(config: PreTrainedConfig | None = None) -> Iterator[None]:
     logger = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     level = logger.level
 
-    def conforming_post_init(self: PreTrainedModel) -> Any:
+    def conforming_post_init(self: PreTrainedModel) -> None:
+        post_init(self)
         overrides = overrides_of(self.config)
         if overrides:
             conform(self, overrides)
-        return post_init(self)
 
     # Blocks read the global values while they are built; outside this context such a read stays an error.
     PreTrainedModel.post_init = conforming_post_init
@@ -114,7 +114,7 @@ def _edits(part: Block, overrides: dict[str, Any], layer: int) -> list[Edit]:
     rest = {key: value for key, value in overrides.items() if key not in ("skip", WIDTHS_KEY)}
     attention, mlp, experts = part.attention, part.mlp, part.experts
     if "attention" in skip:
-        for key in (HEADS_KEY, DROPOUT_KEY):
+        for key in (HEADS_KEY, *DROPOUT_KEYS):
             rest.pop(key, None)
         attention = None
     if "mlp" in skip:
@@ -122,7 +122,8 @@ def _edits(part: Block, overrides: dict[str, Any], layer: int) -> list[Edit]:
             del rest[key]
         mlp = experts = None
     if attention is not None and (heads := rest.pop(HEADS_KEY, None)) is not None:
-        _add(edits, KeepHeads(layer=layer, keep=_first(heads, attention.kv_heads, HEADS_KEY, layer)), attention.kv_heads)
+        full = attention.kv_heads
+        _add(edits, KeepHeads(layer=layer, keep=_first(heads, full, HEADS_KEY, layer)), full)
     if mlp is not None and (width := rest.pop(mlp.width_key, None)) is not None:
         _add(edits, KeepNeurons(layer=layer, keep=_first(width, mlp.width, mlp.width_key, layer)), mlp.width)
     if experts is not None:

@@ -125,7 +125,7 @@ class RaggedExperts(nn.Module):
             if e >= self.num_experts or self.widths[e] == 0:
                 continue
             token, place = torch.where(top_k_index == e)
-            gate, up, down = self.expert(e)
+            gate, up, down = (_aligned(view) for view in self.expert(e))
             inputs = hidden_states[token]
             inner = self.act_fn(functional.linear(inputs, gate)) * functional.linear(inputs, up)
             part = (inner @ down) * top_k_weights[token, place, None]
@@ -142,6 +142,15 @@ class RaggedExperts(nn.Module):
     def extra_repr(self) -> str:
         """Show what distinguishes this module."""
         return f"widths={self.widths}, hidden_dim={self.hidden_dim}"
+
+
+def _aligned(view: torch.Tensor) -> torch.Tensor:
+    """Copy what does not start on a 64-byte boundary of the CPU's memory.
+
+    Weights read from a file start anywhere, and small matrix products round differently there; with aligned operands
+    the reloaded model gives the same bits as the one in memory.
+    """
+    return view if view.device.type != "cpu" or view.data_ptr() % 64 == 0 else view.clone()
 
 
 class MicroExperts(nn.Module):
@@ -192,7 +201,7 @@ class MicroExperts(nn.Module):
 
 
 def expert_weights(experts: Any, e: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return gate ``[w, H]``, up ``[w, H]`` and transposed down ``[w, H]`` of expert ``e``, fused or ragged, as views."""
+    """Return views of gate, up and transposed down of expert ``e``, each ``[w, H]``, of fused or ragged experts."""
     if isinstance(experts, RaggedExperts):
         return experts.expert(e)
     gate, up = experts.gate_up_proj[e].chunk(2, dim=0)

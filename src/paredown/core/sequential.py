@@ -175,10 +175,12 @@ class Stream:
                     self.hidden[b] = output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
-    def logits(self, source: Source) -> Iterator[Tensor]:
-        """Yield each batch's logits ``[B, T, V]``. Needs the source's ends (with head) open."""
-        for b, hidden in enumerate(self.hidden):
-            yield _finish(source, hidden, self.masks[b])
+    def logits(self, source: Source, rows: int) -> Iterator[Tensor]:
+        """Yield logits ``[rows, T, V]``, ``rows`` sequences at a time. Needs the source's ends (with head) open."""
+        hidden = torch.cat(self.hidden).split(rows)
+        masks = torch.cat([m for m in self.masks if m is not None]).split(rows) if self.masks[0] is not None else None
+        for number, part in enumerate(hidden):
+            yield _finish(source, part, masks[number] if masks is not None else None)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that changes from block to block, for the journal."""

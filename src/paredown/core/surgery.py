@@ -77,9 +77,7 @@ def apply_model(
     return settle(hf, anatomy, edits, tower=tower)
 
 
-def settle(
-    hf: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit], *, tower: TowerName = "language"
-) -> Anatomy:
+def settle(hf: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit], *, tower: TowerName = "language") -> Anatomy:
     """Finish a model whose blocks were edited one by one: remove dropped blocks, move the config along.
 
     ``anatomy`` is the model's before the edits; its anatomy afterwards is returned.
@@ -180,7 +178,9 @@ def _keep_heads(block: nn.Module, part: Attention, keep: Sequence[int]) -> None:
         _keep_rows(resolve(block, part.qkv), rows)
         owner = resolve(block, part.qkv.rpartition(".")[0])
     else:
-        assert part.q is not None and part.k is not None and part.v is not None
+        assert part.q is not None
+        assert part.k is not None
+        assert part.v is not None
         _keep_rows(resolve(block, part.q), channels(queries))
         _keep_rows(resolve(block, part.k), channels(keep))
         _keep_rows(resolve(block, part.v), channels(keep))
@@ -209,13 +209,9 @@ def _keep_experts(block: nn.Module, part: Experts, keep: Sequence[int], top_k: i
         _cut_counted(experts, part.count, keep)
     _cut_counted(router, part.count, keep)
     # Blocks, their router and their experts may each keep their own copy of the two numbers.
-    for module in {id(m): m for m in (experts, router, resolve(block, part.path), _parent(block, part.experts))}.values():
+    for module in (experts, router, resolve(block, part.path), resolve(block, part.experts.rpartition(".")[0])):
         _set(module, num_experts=len(keep), num_local_experts=len(keep), n_routed_experts=len(keep))
         _set(module, top_k=top_k, num_experts_per_tok=top_k)
-
-
-def _parent(block: nn.Module, path: str) -> nn.Module:
-    return resolve(block, path.rpartition(".")[0])
 
 
 def _cut_counted(module: nn.Module, count: int, keep: Sequence[int]) -> None:
@@ -274,7 +270,7 @@ def _follow(module: nn.Module, config: PreTrainedConfig) -> None:
     """Renew what a model's head or body copied out of its config on building."""
     types = vars(config).get("layer_types")
     if types is not None and isinstance(vars(module).get("has_sliding_layers"), bool):
-        module.has_sliding_layers = "sliding_attention" in types
+        setattr(module, "has_sliding_layers", "sliding_attention" in types)  # noqa: B010, nn.Module's type stub
     if hasattr(module, "router_aux_loss_coef"):
         per_layer = config.per_layer_attributes or set()
         for name in ("num_experts", "num_experts_per_tok"):

@@ -119,10 +119,11 @@ def intervals(before: Interval | None, after: Interval, label: str) -> Markup:
         return Markup("")
     low, high = min(ends), max(ends)
     drawn = []
-    for one, height, name in ((before, 11, "was"), (after, 31, "now")):
-        if one is not None:
-            drawn.append(_whisker(one, low, high, height, name))
-    return svg("".join(drawn), label, height=42)
+    for row, (one, name) in enumerate(
+        (one, name) for one, name in ((before, "was"), (after, "now")) if one is not None
+    ):
+        drawn.append(_whisker(one, low, high, 11 + 20 * row, name))
+    return svg("".join(drawn), label, height=2 + 20 * len(drawn))
 
 
 def difference(one: Interval, label: str) -> Markup:

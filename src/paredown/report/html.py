@@ -251,7 +251,7 @@ def _strip(step: StepRecord, groups: dict[str, list[LayerChange]]) -> dict[str, 
                 "drawing": figures.cells(depth, stay, label),
                 "text": f"{len(gone)}{of} removed",
                 "lists": [("removed in layers", words.ranges(gone) or "none")],
-                "details": [(f"layer {one.layer}", words.plain(one.detail)) for one in changes if one.detail],
+                "details": _by_layer(changes),
             }
         )
     names = words.joined([words.unit(name, 2) for name in groups])
@@ -264,6 +264,18 @@ def _strip(step: StepRecord, groups: dict[str, list[LayerChange]]) -> dict[str, 
         "ticks": figures.ticks(depth),
         "summary": "The layers, listed",
     }
+
+
+def _by_layer(changes: list[LayerChange]) -> list[tuple[str, str]]:
+    """Details of layers, turned around: for each key, its value layer by layer on one line."""
+    keys = list(dict.fromkeys(key for one in changes for key in one.detail))
+    return [
+        (
+            f"{words.label(key)} by layer",
+            ", ".join(f"{one.layer}: {words.plain(one.detail[key])}" for one in changes if key in one.detail),
+        )
+        for key in keys
+    ]
 
 
 def _grid(name: str, changes: list[LayerChange]) -> dict[str, Any]:
@@ -286,7 +298,9 @@ def _grid(name: str, changes: list[LayerChange]) -> dict[str, Any]:
             drawing = figures.cells(one.before, kept, label)
         else:
             drawing = figures.bar(one.after / one.before if one.before else 0.0, label)
-        lists = [("kept", "all" if one.kept is None else words.shortened(one.kept))]
+        lists = [] if one.kept is None and gone else [("kept", "all")]
+        if one.kept is not None:
+            lists = [("kept", words.shortened(one.kept))]
         if one.kept is not None and one.before <= _GRID_LIMIT:
             lists.append(("removed", words.ranges(set(range(one.before)) - set(one.kept)) or "none"))
         rows.append(
@@ -311,7 +325,7 @@ def _grid(name: str, changes: list[LayerChange]) -> dict[str, Any]:
         "rows": rows,
         "width": figures.cells_width(columns if small or ragged else 24),
         "ticks": figures.ticks(columns) if small or ragged else None,
-        "summary": "The kept indices, listed",
+        "summary": "The kept indices, listed" if any(one.kept is not None for one in changes) else "The layers, listed",
     }
 
 
@@ -333,7 +347,8 @@ def _score(score: Score) -> dict[str, Any]:
     if score.before is not None:
         label = f"{name}: before {words.mean(score.before)} {words.bounds(score.before)}, " + label.split(": ", 1)[1]
     moved = score.difference
-    times = math.exp(moved.mean) if moved is not None and words.is_perplexity(score) and moved.mean < 700 else None
+    shown = words.reading(score) in ("better", "worse")
+    times = math.exp(moved.mean) if moved and shown and words.is_perplexity(score) and moved.mean < 700 else None
     return {
         "name": name,
         "unit": words.score_unit(score),

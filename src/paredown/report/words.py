@@ -60,7 +60,7 @@ def count(value: int) -> str:
 def many(value: int) -> str:
     """A large count in thousands, millions or billions: 3.41 M."""
     for step, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**4, "k")):
-        if abs(value) >= 0.9995 * step:
+        if abs(value) >= (step if letter == "k" else 0.9995 * step):
             scale = 10**3 if letter == "k" else step
             return f"{significant(value / scale)}{NARROW}{letter}"
     return count(value)

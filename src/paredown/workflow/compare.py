@@ -127,7 +127,7 @@ def compare(
         seed: calibration.for_model(original, texts, length=length, sequences=calibration_sequences, seed=seed)
         for seed in numbers
     }
-    work = {
+    work: dict[str, Any] = {
         "model": files.fingerprint(original.folder),
         "heldout": heldout.fingerprint,
         "dtype": dtype,
@@ -189,7 +189,7 @@ def rows(cells: Sequence[Cell], lines: Sequence[tuple[str, float, str | None]], 
                 method=method,
                 keep=keep,
                 perplexity=intervals.exponential(intervals.crossed([cell.nll for cell in own])),
-                kl=intervals.crossed([cell.kl for cell in own]),
+                kl=intervals.not_negative(intervals.crossed([cell.kl for cell in own])),
                 parameters=own[0].parameters,
                 bytes_weights=own[0].bytes_weights,
                 seconds=float(np.mean([cell.seconds for cell in own])),
@@ -327,7 +327,7 @@ def _method_code(method: type[Compressor]) -> str:
 
 
 class _Journal:
-    """Finished cells, one JSON line each; a line that was cut short by a kill is skipped and overwritten by the next."""
+    """Finished cells, one JSON line each; a line that was cut short by a kill is skipped."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

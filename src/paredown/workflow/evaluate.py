@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from paredown.core import calibration, checkpoint, files
+from paredown.core import calibration, checkpoint, configs, files
 from paredown.core.checkpoint import Model
 from paredown.errors import CheckpointError, UsageError
 from paredown.workflow import measure, tasks
@@ -332,7 +332,7 @@ def _side(model: Model) -> Side:
     assert model.folder is not None
     return Side(
         model=model.source,
-        loads_in="paredown.load" if getattr(model.hf.config, "per_layer_config", None) else "transformers",
+        loads_in=configs.loads_in(model.hf.config),
         size=measure.size(files.locate(model.folder)),
         memory=None,
         prefill=None,

@@ -134,6 +134,11 @@ def exponential(of: Interval) -> Interval:
     return Interval(mean=mean, low=low, high=high, n=of.n)
 
 
+def not_negative(of: Interval) -> Interval:
+    """Return the interval of what cannot lie below zero."""
+    return Interval(mean=of.mean, low=max(0.0, of.low), high=of.high, n=of.n)
+
+
 def score_perplexity(nll_before: Any | None, nll_after: Any) -> Score:
     """Return perplexity before and after on the same tokens.
 
@@ -163,7 +168,7 @@ def score_kl(per_sequence: Any) -> Score:
         unit="nats/token",
         higher_is_better=False,
         before=None,
-        after=interval(per_sequence),
+        after=not_negative(interval(per_sequence)),
         difference=None,
     )
 

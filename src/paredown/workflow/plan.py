@@ -1,0 +1,239 @@
+"""The plan: what a recipe will do, from meta tensors alone. No weights are read.
+
+Shapes, bytes and parameters after each step are exact wherever the method's budget fixes them; where they depend on
+what the data say (one list over unlike units), the plan gives the larger size and says between which bounds it lies.
+Peak memory and time come from a rehearsal on random weights (``estimate``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from paredown.core import checkpoint, configs, surgery
+from paredown.core.anatomy import Block
+from paredown.core.checkpoint import Model, Skeleton
+from paredown.core.edits import DropBlock, Edit
+from paredown.core.effects import edited
+from paredown.core.method import Compressor, Progress
+from paredown.errors import ArchitectureError, NothingTouchedError, RecipeError
+from paredown.workflow import estimate
+from paredown.workflow.recipe import Recipe
+from paredown.workflow.record import Planned
+
+_TRIALS = 4
+
+
+def plan(recipe: Recipe, *, rehearse: bool = True, progress: Progress | None = None) -> list[Planned]:
+    """Foretell every step of a recipe.
+
+    Parameters
+    ----------
+    recipe : what to do
+    rehearse : also estimate peak memory and time, by running one block of random weights
+    progress : called as ``progress(done, total, text)``
+
+    Raises
+    ------
+    BudgetError, ArchitectureError, RecipeError, CheckpointError
+        Whatever would stop the run later.
+    """
+    methods = compressors(recipe)
+    skeleton = checkpoint.skeleton(recipe.model)
+    planned = []
+    for number, method in enumerate(methods):
+        if progress is not None:
+            progress(number, len(methods), f"plan: {method.name}")
+        planned.append(plan_step(skeleton, method, recipe, rehearse=rehearse))
+    return planned
+
+
+def compressors(recipe: Recipe) -> list[Compressor]:
+    """Return the recipe's methods, all of which must act on weights."""
+    methods = recipe.methods()
+    for method in methods:
+        if not isinstance(method, Compressor):
+            raise RecipeError(
+                f"{method.name} is a {method.kind}, which does not change weights; a run takes compressors only."
+            )
+    return cast(list[Compressor], methods)
+
+
+def plan_step(skeleton: Skeleton, method: Compressor, recipe: Recipe, *, rehearse: bool) -> Planned:
+    """Foretell one step and carry it out on the skeleton, so that the next step can be planned behind it."""
+    model = skeleton.model
+    sized = _sizes(method, model)
+    forecast = estimate.rehearse(skeleton, method, recipe) if rehearse else estimate.Forecast(0, 0.0, [])
+    before = tensors(model)
+    model.anatomy = surgery.apply_model(model.hf, model.anatomy, sized.edits)
+    after = tensors(model)
+    notes = [*sized.notes, *forecast.notes]
+    if skeleton.unknown:
+        notes.append(f"{len(skeleton.unknown)} tensors are not part of the architecture and will be left out.")
+    return Planned(
+        method=method.name,
+        keep=method.keep,
+        parameters_before=_count(before),
+        parameters_after=_count(after),
+        bytes_before=_bytes(before),
+        bytes_after=_bytes(after),
+        exact=sized.exact,
+        peak_memory_bytes=forecast.peak_memory_bytes,
+        seconds=forecast.seconds,
+        uniform=surgery.is_uniform(model.config),
+        loads_in=surgery.loads_in(model.config),
+        notes=notes,
+        shapes={
+            name: (list(t.shape), list(after[name].shape) if name in after else [])
+            for name, t in before.items()
+            if name not in after or after[name].shape != t.shape
+        },
+    )
+
+
+def tensors(model: Model) -> dict[str, Tensor]:
+    """Return what a checkpoint of the model holds: parameters and stored buffers, tied ones once."""
+    tied = set(getattr(model.hf, "all_tied_weights_keys", None) or ())
+    return {name: t for name, t in model.hf.state_dict().items() if name not in tied}
+
+
+@dataclass(frozen=True)
+class _Sized:
+    edits: list[Edit]
+    exact: bool
+    notes: list[str]
+
+
+def _sizes(method: Compressor, model: Model) -> _Sized:
+    """Decide on placeholder scores, in several orders, and see whether the number of parameters depends on them."""
+    blocks = [b for b in model.anatomy.language.blocks if method.applies(b)]
+    if not blocks:
+        raise ArchitectureError(
+            f"{method.name} removes {method.unit}, and {model.source} has none; `paredown scan` shows what it has."
+        )
+    sizes = _block_sizes(model)
+    trials = []
+    for trial in range(_TRIALS):
+        scores = _placeholders(method, blocks, trial)
+        if method.scope == "global":
+            edits = method.decide(blocks, scores)
+        else:
+            edits = [e for b in blocks for e in method.decide([b], {b.index: scores[b.index]})]
+        trials.append((_removed(edits, model.anatomy.language.blocks, sizes), edits))
+    if not any(edits for _, edits in trials) and method.keep < 1:
+        raise NothingTouchedError(
+            f"{method.name} with keep {method.keep:g} removes nothing from {model.source}: its layers have too few "
+            f"{method.unit} for so small a cut; choose a smaller keep."
+        )
+    smallest = min(trials, key=lambda t: t[0])
+    largest = max(trials, key=lambda t: t[0])
+    if smallest[0] == largest[0]:
+        return _Sized(trials[0][1], True, [])
+    return _Sized(
+        smallest[1],
+        False,
+        [f"what goes depends on the data: at least {smallest[0]:,} parameters, {largest[0]:,} in another order."],
+    )
+
+
+def _placeholders(method: Compressor, blocks: Sequence[Block], trial: int) -> Mapping[int, dict[str, Tensor]]:
+    found: dict[int, dict[str, Tensor]] = {}
+    for block in blocks:
+        generator = torch.Generator().manual_seed(trial * 10_007 + block.index)
+        found[block.index] = {
+            name: value + torch.rand(value.shape, generator=generator) * (trial > 0)
+            for name, value in method.placeholder(block).items()
+        }
+    return found
+
+
+def _block_sizes(model: Model) -> dict[int, dict[str, int]]:
+    """Return the number of parameters of each block, whole and by sub-layer with its norms."""
+    found = {}
+    for block in model.anatomy.language.blocks:
+        module = model.hf.get_submodule(block.path)
+        parts: dict[str, int] = {"block": sum(p.numel() for p in module.parameters())}
+        for name, part in (("attention", block.attention), ("mlp", block.mlp or block.experts)):
+            if part is not None:
+                paths = [part.path, *part.norms]
+                parts[name] = sum(p.numel() for path in paths for p in module.get_submodule(path).parameters())
+        found[block.index] = parts
+    return found
+
+
+def _removed(edits: Sequence[Edit], blocks: Sequence[Block], sizes: dict[int, dict[str, int]]) -> int:
+    """Count the parameters that edits remove, by arithmetic on the anatomy; only equality between trials matters."""
+    total = 0
+    for edit in edits:
+        if isinstance(edit, DropBlock):
+            total += sizes[edit.layer]["block"]
+        elif edit.op == "drop_sublayer":
+            total += sizes[edit.layer][edit.part]
+        else:
+            before, after = blocks[edit.layer], edited(blocks[edit.layer], [edit])
+            total += _units(before) - _units(after)
+    return total
+
+
+def _units(block: Block) -> int:
+    experts = block.experts
+    if experts is None:
+        return (block.mlp.width if block.mlp is not None else 0) + (block.attention.heads if block.attention else 0)
+    routed = sum(experts.widths) if experts.widths is not None else experts.count * experts.width
+    return routed + (experts.shared.width if experts.shared is not None else 0)
+
+
+def _count(found: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() for t in found.values())
+
+
+def _bytes(found: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in found.values())
+
+
+def changes(edits: Sequence[Edit], anatomy_before: Any) -> list[dict[str, Any]]:
+    """Describe edits layer by layer: how many units there were, how many stay, and which."""
+    described = []
+    for edit in edits:
+        block = anatomy_before.language.blocks[edit.layer]
+        described.append({"layer": edit.layer, **_describe(edit, block)})
+    return described
+
+
+def _describe(edit: Edit, block: Block) -> dict[str, Any]:
+    if edit.op == "keep_experts":
+        assert block.experts is not None
+        return {"unit": "experts", "before": block.experts.count, "after": len(edit.keep), "kept": list(edit.keep),
+                "detail": {"top_k": edit.top_k}}  # fmt: skip
+    if edit.op == "keep_expert_neurons":
+        assert block.experts is not None
+        widths = [len(k) for k in edit.keep]
+        shared = block.experts.shared
+        before = sum(block.experts.widths or [block.experts.width] * block.experts.count)
+        detail: dict[str, Any] = {"widths": widths}
+        if shared is not None:
+            detail["shared"] = [shared.width, len(edit.shared) if edit.shared is not None else shared.width]
+        return {"unit": "expert neurons", "before": before, "after": sum(widths), "kept": None, "detail": detail}
+    if edit.op == "keep_neurons":
+        assert block.mlp is not None
+        return {"unit": "neurons", "before": block.mlp.width, "after": len(edit.keep), "kept": list(edit.keep),
+                "detail": {}}  # fmt: skip
+    if edit.op == "keep_heads":
+        assert block.attention is not None
+        return {"unit": "key-value heads", "before": block.attention.kv_heads, "after": len(edit.keep),
+                "kept": list(edit.keep), "detail": {}}  # fmt: skip
+    unit = "blocks" if edit.op == "drop_block" else f"{edit.part} sub-layers"
+    return {"unit": unit, "before": 1, "after": 0, "kept": [], "detail": {}}
+
+
+def folder_name(ref: str) -> str:
+    """Return a short name of a model for sentences."""
+    return Path(ref).name if "/" in ref or "\\" in ref else ref
+
+
+__all__ = ["changes", "compressors", "configs", "plan", "plan_step", "tensors"]

@@ -1,0 +1,144 @@
+"""The proof: a fresh process opens what was written and finds in it the model that was in memory.
+
+A result that plain transformers can open is opened by plain transformers, in a process that never imports Paredown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paredown.core import files
+from paredown.errors import ProofError
+from paredown.workflow.record import Planned, Proof
+
+TOLERANCE = 1e-3
+"""Largest difference of logits, relative to their spread; the same arithmetic gives zero."""
+
+_CHILD = r"""
+import json, sys
+folder, reference, loader, threads, rows = sys.argv[1:6]
+import torch
+torch.set_num_threads(int(threads))
+from safetensors.torch import load_file
+import transformers
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+known = load_file(reference)
+if loader == "transformers":
+    config = transformers.AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, config.architectures[0])
+    model, report = cls.from_pretrained(folder, dtype="auto", use_safetensors=True, output_loading_info=True)
+    wrong = [str(k) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in report[key]]
+    if "paredown" in sys.modules:
+        raise SystemExit("paredown was imported")
+else:
+    import paredown
+    model, wrong = paredown.load(folder).hf, []
+model = model.to(sys.argv[6]).eval()
+found = {"wrong": sorted(wrong)[:5], "finite": all(bool(torch.isfinite(p).all()) for p in model.parameters())}
+with torch.no_grad():
+    ids = known["input_ids"].to(model.device)
+    step = int(rows)
+    logits = torch.cat([model(input_ids=ids[i:i + step]).logits.float().cpu() for i in range(0, len(ids), step)])
+found["shape"] = list(logits.shape)
+difference = (logits - known["logits"]).abs().max() if logits.shape == known["logits"].shape else torch.tensor(float("inf"))
+found["difference"] = float(difference) if torch.isfinite(difference) else 1e30
+found["spread"] = float(known["logits"].std())
+found["generated"] = []
+if hasattr(model, "generate"):
+    try:
+        out = model.generate(ids[:1, :16], max_new_tokens=16, min_new_tokens=16, do_sample=False,
+                             attention_mask=torch.ones_like(ids[:1, :16]), pad_token_id=0)
+        found["generated"] = out[0, 16:].tolist()
+    except Exception as error:
+        found["generate_error"] = f"{type(error).__name__}: {str(error)[:120]}"
+print("\n" + json.dumps(found))
+"""
+
+
+def prove(
+    folder: Path, reference: Path, *, loader: str, rows: int, plan: Planned, tokenizer: Any, device: str = "cpu"
+) -> Proof:
+    """Open ``folder`` in a fresh process and compare.
+
+    Parameters
+    ----------
+    folder : the written checkpoint
+    reference : safetensors with ``input_ids [N, T]`` and the ``logits [N, T, V]`` that the model in memory gave
+    loader : ``transformers`` or ``paredown.load``
+    rows : sequences in one forward, as when the reference was taken
+    plan : what the last step was to give
+    tokenizer : turns the generated tokens into text; may be None
+
+    Raises
+    ------
+    ProofError
+        Naming the first thing that is not as it was in memory.
+    """
+    found = _in_fresh_process(folder, reference, loader, rows, device)
+    nbytes = sum(info.nbytes for info in files.headers(folder).values())
+    match = not plan.exact or nbytes == plan.bytes_after
+    generated = tokenizer.decode(found["generated"]) if tokenizer is not None and found["generated"] else ""
+    limit = TOLERANCE * max(1.0, found["spread"])
+    failures = []
+    if found["wrong"]:
+        failures.append(f"weights and config do not agree ({found['wrong'][0]})")
+    if not found["finite"]:
+        failures.append("some weights are not finite numbers")
+    if not found["difference"] <= limit:
+        failures.append(f"its logits differ by up to {found['difference']:.3g} from those in memory")
+    if "generate_error" in found:
+        failures.append(f"it does not generate ({found['generate_error']})")
+    if not match:
+        failures.append(f"it holds {nbytes:,} bytes of weights where the plan said {plan.bytes_after:,}")
+    if failures:
+        raise ProofError(
+            f"the result was written and opened again, but {' and '.join(failures)}; it was not given its final name."
+        )
+    checks = [
+        f"opened in a fresh process with {'plain transformers' if loader == 'transformers' else 'paredown.load'}",
+        "every weight of the config is in the file and none is left over",
+        "all weights are finite",
+        f"logits of {found['shape'][0]} sequences of {found['shape'][1]} tokens differ by at most "
+        f"{found['difference']:.2g} from those in memory",
+        f"bytes of weights: {nbytes:,}" + (" as planned" if plan.exact else ""),
+    ]
+    if found["generated"]:
+        checks.append("it generates")
+    return Proof(
+        passed=True,
+        loader=loader,
+        max_abs_logit_difference=found["difference"],
+        generated=generated,
+        bytes_match_plan=match,
+        weights_match_config=not found["wrong"],
+        finite=found["finite"],
+        checks=checks,
+    )
+
+
+def _in_fresh_process(folder: Path, reference: Path, loader: str, rows: int, device: str) -> dict[str, Any]:
+    package = str(Path(__file__).parents[2])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": package} if loader != "transformers" else {
+        **os.environ, "HF_HUB_OFFLINE": "1"
+    }  # fmt: skip
+    arguments = [str(folder), str(reference), loader, str(torch.get_num_threads()), str(rows), device]
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
+        raise ProofError(
+            f"the result was written but does not open in a fresh process ({lines[-1][:200].rstrip('.')}); "
+            "it was not given its final name."
+        )
+    parsed = json.loads(done.stdout.strip().splitlines()[-1])
+    assert isinstance(parsed, dict)
+    return parsed

@@ -1,0 +1,391 @@
+"""A run: plan -> journal -> steps -> gate -> proof -> report, and the result under its final name only when whole.
+
+Blocks are read from disk one at a time and written as they are done, whatever the model's size. Held-out sequences
+pass the blocks before and after, so that the gate's numbers cost two more passes and no second model in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import paredown
+from paredown.core import calibration, checkpoint, files, surgery
+from paredown.core.calibration import Batch
+from paredown.core.checkpoint import Skeleton
+from paredown.core.compression import Job, Watch, stream_for, stream_of
+from paredown.core.method import Compressor, Outcome, Progress
+from paredown.core.sequential import OnDisk, Stream
+from paredown.errors import DataError, GateError, ParedownError
+from paredown.report import card, html
+from paredown.workflow import intervals, measure, plan, proof
+from paredown.workflow.journal import Journal, StepKeeper, write_json, write_tensors, write_text
+from paredown.workflow.recipe import GateSpec, Recipe
+from paredown.workflow.record import Gate, LayerChange, Planned, RunRecord, Score, StepRecord
+
+PROOF_SEQUENCES = 2
+LOGITS_AT_ONCE = 1 << 24
+_SPEED_SHARE_OF_MEMORY = 0.4
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    device: str = "cpu",
+    speed: bool = True,
+    progress: Progress | None = None,
+) -> RunRecord:
+    """Carry out a recipe and write a checkpoint folder with its report.
+
+    Parameters
+    ----------
+    recipe : what to do to which model
+    out : the folder to write; it must not exist unless ``force``
+    resume : go on with an interrupted run of the same recipe
+    force : replace an output folder
+    device : where blocks run
+    speed : also measure speed and memory before and after
+    progress : called as ``progress(done, total, text)``
+
+    Returns
+    -------
+    The record of the run, as it stands in ``out/paredown/run.json``.
+
+    Raises
+    ------
+    GateError
+        If quality fell beyond the gate; the journal stays, so that ``resume`` with another gate costs nothing.
+    ProofError
+        If the written result is not the model that was in memory; nothing is left behind.
+    ParedownError
+        For whatever the user can mend; nothing is left behind.
+    """
+    methods = plan.compressors(recipe)
+    folder = files.locate(recipe.model)
+    whole = _Run(recipe, methods, folder, Path(out), resume, force, device, speed, progress)
+    try:
+        return whole.carry_out()
+    except GateError:
+        raise
+    except ParedownError:
+        whole.journal.discard()
+        raise
+
+
+@dataclass
+class _StepResult:
+    record: StepRecord
+    folder: Path
+
+
+class _Run:
+    def __init__(
+        self,
+        recipe: Recipe,
+        methods: Sequence[Compressor],
+        folder: Path,
+        out: Path,
+        resume: bool,
+        force: bool,
+        device: str,
+        speed: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.recipe, self.methods, self.folder, self.device = recipe, methods, folder, device
+        self.speed, self.progress = speed, progress
+        self.gate = GateSpec.parse(recipe.gate)
+        identity = {
+            "recipe": recipe.identity(),
+            "model": files.fingerprint(folder),
+            "versions": {k: v for k, v in measure.versions().items() if k in ("torch", "transformers", "paredown")},
+            "device": device,
+        }
+        self.journal = Journal(out, identity, resume=resume, force=force)
+
+    def carry_out(self) -> RunRecord:
+        heldout = self._heldout()
+        source = self.folder
+        results: list[_StepResult] = []
+        for number, method in enumerate(self.methods, start=1):
+            result = self._step(number, method, source, heldout)
+            results.append(result)
+            source = result.folder
+        scores, gate = self._judge(len(self.methods), heldout)
+        if not gate.passed:
+            raise GateError(_gate_sentence(gate))
+        last = checkpoint.skeleton(source)
+        shown = proof.prove(
+            source,
+            self.journal.folder / f"step-{len(self.methods)}" / "proof.safetensors",
+            loader=surgery.loads_in(last.model.config),
+            rows=self._rows(last, heldout),
+            plan=results[-1].record.plan,
+            tokenizer=last.model.tokenizer,
+            device=self.device,
+        ) if heldout is not None else None  # fmt: skip
+        record = self._record(results, scores, gate, shown, last, heldout)
+        self._publish(record, results)
+        return record
+
+    def _step(self, number: int, method: Compressor, source: Path, heldout: Batch | None) -> _StepResult:
+        skeleton = checkpoint.skeleton(source)
+        keeper = self.journal.step(number, skeleton.disk_names)
+        done = keeper.folder / "step.json"
+        if done.exists():
+            record = StepRecord.model_validate_json(done.read_text(encoding="utf-8"))
+            return _StepResult(record, keeper.folder / "checkpoint")
+        began = time.perf_counter()
+        planned = plan.plan_step(checkpoint.skeleton(source), method, self.recipe, rehearse=number == 1)
+        data = self._calibration(method, skeleton)
+        calibrating = stream_for(method, skeleton.model, data)
+        watch = None
+        if heldout is not None:
+            watch = Watch(stream_of("before", heldout), stream_of("after", heldout))
+        origin = OnDisk(skeleton, device=self.device)
+        job = Job(method, origin, calibrating, watch, keeper, self.recipe.seed, self.progress)
+        anatomy, total = skeleton.model.anatomy, skeleton.model.parameters()
+        outcome = job.run()
+        if watch is not None and heldout is not None:
+            self._take_logits(keeper, origin, watch, heldout)
+        self._write(keeper, skeleton, outcome)
+        after = checkpoint.skeleton(keeper.folder / "checkpoint")
+        record = StepRecord(
+            index=number,
+            method=method.name,
+            title=method.title,
+            axis=method.axis,
+            fields=method.model_dump(mode="json"),
+            keep=method.keep,
+            seed=self.recipe.seed,
+            data=data.record() if data is not None else {},
+            plan=planned,
+            changes=[LayerChange(**c) for c in plan.changes(outcome.edits, anatomy)],
+            touched_share=outcome.touched_share,
+            parameters_before=total,
+            parameters_after=after.model.parameters(),
+            seconds=time.perf_counter() - began,
+            peak_memory_bytes=outcome.peak_memory_bytes,
+            seconds_by_stage=outcome.seconds_by_stage,
+            coverage=outcome.coverage,
+            warnings=[*outcome.warnings, *(data.notes if data is not None else ())],
+        )
+        write_json(done, record.model_dump(mode="json"))
+        return _StepResult(record, keeper.folder / "checkpoint")
+
+    def _write(self, keeper: StepKeeper, skeleton: Skeleton, outcome: Outcome) -> None:
+        """Put the step's checkpoint together; it appears under its name only when whole."""
+        final, aside = keeper.folder / "checkpoint", keeper.folder / "checkpoint.writing"
+        if final.exists():
+            return
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        tower = skeleton.model.anatomy.language
+        skeleton.fill(("",), without=tuple(b.path for b in tower.blocks), device="cpu")
+        tied = set(getattr(skeleton.hf, "all_tied_weights_keys", None) or ())
+        blocks = tuple(b.path for b in tower.blocks)
+        state = {
+            name: t
+            for name, t in skeleton.hf.state_dict().items()
+            if name not in tied and not checkpoint.below(name, blocks)
+        }
+        write_tensors(keeper.folder / "ends.safetensors", skeleton.disk_names(state))
+        files.assemble([keeper.folder / "ends.safetensors", *keeper.parts()], aside)
+        config = surgery.new_config(skeleton.model.config, skeleton.model.anatomy, outcome.edits)
+        checkpoint.save_config(skeleton.model, config, aside)
+        files.copy_extras(skeleton.folder, aside)
+        aside.rename(final)
+
+    def _take_logits(self, keeper: StepKeeper, source: OnDisk, watch: Watch, heldout: Batch) -> None:
+        """Store what gate and proof need: losses before and after, their divergence, and a few whole logits."""
+        file, reference = keeper.folder / "judged.safetensors", keeper.folder / "proof.safetensors"
+        if file.exists() and reference.exists():
+            return
+        rows = self._rows(source.skeleton, heldout)
+        found: dict[str, list[Tensor]] = {"before": [], "after": [], "kl": []}
+        kept: list[Tensor] = []
+        with source.open_ends(head=True):
+            pairs = zip(watch.before.logits(source, rows), watch.after.logits(source, rows), strict=True)
+            for ids, (before, after) in zip(heldout.input_ids.split(rows), pairs, strict=True):
+                old, new = before.float().log_softmax(-1), after.float().log_softmax(-1)
+                target = ids[:, 1:].to(old.device).unsqueeze(-1)
+                found["before"].append(-old[:, :-1].gather(-1, target).squeeze(-1).cpu())
+                found["after"].append(-new[:, :-1].gather(-1, target).squeeze(-1).cpu())
+                found["kl"].append((old.exp() * (old - new)).sum(-1).mean(-1).cpu())
+                if sum(map(len, kept)) < PROOF_SEQUENCES:
+                    kept.append(after.float().cpu())
+        logits = torch.cat(kept)
+        write_tensors(reference, {"input_ids": heldout.input_ids[: len(logits)], "logits": logits})
+        write_tensors(file, {k: torch.cat(v) for k, v in found.items()})
+
+    def _rows(self, skeleton: Skeleton, heldout: Batch | None) -> int:
+        if heldout is None:
+            return 1
+        vocabulary = skeleton.model.config.get_text_config().vocab_size
+        return max(1, min(PROOF_SEQUENCES, LOGITS_AT_ONCE // (heldout.input_ids.shape[1] * vocabulary)))
+
+    def _judge(self, steps: int, heldout: Batch | None) -> tuple[list[Score], Gate]:
+        """Compare the last step's result with the original model on the same held-out tokens."""
+        kind, limit = self.gate.kind, self.gate.limit
+        if heldout is None:
+            return [], Gate(kind="none", limit=None, value=None, passed=True)
+        first = load_file(self.journal.folder / "step-1" / "judged.safetensors")
+        last = load_file(self.journal.folder / f"step-{steps}" / "judged.safetensors")
+        scores = [intervals.score_perplexity(first["before"], last["after"])]
+        # With several steps, the stored divergence is from the step before, not from the original.
+        if steps == 1:
+            scores.append(intervals.score_kl(last["kl"]))
+        value: float | None = None
+        if kind == "ppl":
+            value = float((last["after"].mean() - first["before"].mean()).exp())
+        elif kind == "kl":
+            value = float(last["kl"].mean())
+        passed = value is None or limit is None or value <= limit
+        return scores, Gate(kind=kind, limit=limit, value=value, passed=passed)
+
+    def _calibration(self, method: Compressor, skeleton: Skeleton) -> Batch | None:
+        if "calibration-data" not in method.needs:
+            return None
+        texts = calibration.read(self.recipe.data.calibration, model_ref=self.recipe.model, split="calibration")
+        spec = self.recipe.data
+        return calibration.for_model(
+            skeleton.model, texts, length=spec.length, sequences=spec.sequences, seed=self.recipe.seed
+        )
+
+    def _heldout(self) -> Batch | None:
+        """Return the held-out sequences; without data there can be no gate and no proof of logits."""
+        spec = self.recipe.data
+        try:
+            texts = calibration.read(
+                spec.heldout or spec.calibration, model_ref=self.recipe.model, split="heldout" if not spec.heldout else "all"
+            )  # fmt: skip
+        except DataError:
+            if self.gate.kind == "none" and spec.heldout is None and spec.calibration is None:
+                return None
+            raise
+        skeleton = checkpoint.skeleton(self.folder)
+        return calibration.for_model(
+            skeleton.model, texts, length=spec.length, sequences=spec.heldout_sequences, seed=0, what="held-out"
+        )
+
+    def _record(
+        self,
+        results: Sequence[_StepResult],
+        scores: list[Score],
+        gate: Gate,
+        shown: Any,
+        last: Skeleton,
+        heldout: Batch | None,
+    ) -> RunRecord:
+        before, after = self._speeds(results[-1].folder, heldout)
+        loader = surgery.loads_in(last.model.config)
+        return RunRecord(
+            paredown=paredown.__version__,
+            command=" ".join(["paredown", *sys.argv[1:]]) if sys.argv[0].endswith("paredown") else "paredown.run(...)",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            model=self.recipe.model,
+            family=last.model.anatomy.family,
+            recipe=self.recipe.model_dump(mode="json"),
+            steps=[r.record for r in results],
+            scores=scores,
+            size_before=measure.size(self.folder),
+            size_after=measure.size(results[-1].folder),
+            speed_before=before,
+            speed_after=after,
+            gate=gate,
+            proof=shown,
+            uniform=loader == "transformers",
+            how_to_load=_how_to_load(loader, type(last.hf).__name__, self.journal.out.name),
+            versions=measure.versions(),
+            hardware=measure.hardware(self.device),
+            seconds=time.perf_counter() - self.started,
+            resumed=self.journal.resumed,
+        )
+
+    def _speeds(self, result: Path, heldout: Batch | None) -> tuple[Any, Any]:
+        """Measure speed and memory of both models, unless they do not fit into memory side by side."""
+        if not self.speed or heldout is None:
+            return None, None
+        wanted = measure.size(self.folder).bytes_weights + measure.size(result).bytes_weights
+        if wanted > _SPEED_SHARE_OF_MEMORY * _physical_memory():
+            return None, None
+        if self.progress is not None:
+            self.progress(0, 1, "measuring speed and memory")
+        before, after = measure.speeds([self.folder, result], heldout.input_ids, device=self.device)
+        return before, after
+
+    def _publish(self, record: RunRecord, results: Sequence[_StepResult]) -> None:
+        """Add record, report and card to the last checkpoint and give it its final name."""
+        whole = self.journal.folder / "whole"
+        shutil.rmtree(whole, ignore_errors=True)
+        shutil.copytree(results[-1].folder, whole, copy_function=_link_or_copy)
+        notes = whole / "paredown"
+        notes.mkdir()
+        write_json(notes / "recipe.json", self.recipe.model_dump(mode="json"))
+        write_json(notes / "run.json", record.model_dump(mode="json"))
+        for result in results:
+            step = result.folder.parent
+            edits = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(step.glob("edits-*.json"))]
+            write_json(notes / f"{step.name}.json", {"method": result.record.method, "edits": edits})
+        write_text(whole / "README.md", card.render(record))
+        write_text(notes / "report.html", html.render(record))
+        self.journal.publish(whole)
+
+
+def read_record(folder: str | Path) -> RunRecord:
+    """Read what a run left in its output folder."""
+    file = Path(folder) / "paredown" / "run.json"
+    if not file.is_file():
+        raise DataError(f"{folder} holds no paredown/run.json; give the folder that a run wrote.")
+    try:
+        return RunRecord.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is not a record of this version of Paredown ({str(error).splitlines()[0]}).") from None
+
+
+def _gate_sentence(gate: Gate) -> str:
+    what = "perplexity rose by a factor of" if gate.kind == "ppl" else "the divergence from the original is"
+    unit = "" if gate.kind == "ppl" else " nats a token"
+    return (
+        f"stopped by the gate: {what} {gate.value:.3g}{unit}, more than the {gate.limit:g} allowed, and nothing was "
+        "written; keep more, or accept the loss with --resume and a wider --gate."
+    )
+
+
+def _how_to_load(loader: str, cls: str, name: str) -> str:
+    if loader == "transformers":
+        return f'from transformers import {cls}\nmodel = {cls}.from_pretrained("{name}")'
+    return f'import paredown\nmodel = paredown.load("{name}").hf'
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _physical_memory() -> int:
+    if platform.system() == "Linux":
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 8 << 30
+
+
+__all__ = ["Planned", "Stream", "read_record", "run"]

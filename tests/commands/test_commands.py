@@ -1,0 +1,184 @@
+"""Every command on a real (tiny, random) checkpoint, as a user would call it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+STEP = ("--method", "random-experts", "--keep", "0.5")
+
+
+@pytest.fixture
+def result(paredown, checkpoint, texts, tmp_path):
+    """What a run left behind, and what it said."""
+    out = tmp_path / "smaller"
+    said = paredown("run", checkpoint, *STEP, "--data", texts, "--out", out, "--gate", "none")
+    assert said.code == 0, said.err
+    return out, said
+
+
+def test_run_writes_a_checkpoint_with_report_and_says_what_it_did(result):
+    out, said = result
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "paredown/report.html", "README.md"):
+        assert (out / name).is_file(), name
+    assert json.loads((out / "config.json").read_text())["num_experts"] == 4
+    assert "8 of 16 kept" in said.out
+    assert "proof: passed" in said.out
+    assert "plan, step 1: random-experts" in said.err
+    assert "100 %" in said.err
+
+
+def test_nobody_else_talks_to_the_user(result):
+    _, said = result
+    for noise in ("Warning", "warning:", "Loading weights", "it/s", "transformers.", "Traceback"):
+        assert noise not in said.err
+        assert noise not in said.out
+
+
+def test_show_tells_what_the_run_told(paredown, result):
+    out, said = result
+    shown = paredown("show", out)
+    assert shown.code == 0
+    assert shown.out == said.out
+    assert shown.err == ""
+    record = paredown("show", out, "--json").json
+    assert record["steps"][0]["method"] == "random-experts"
+    assert record["proof"]["passed"] is True
+
+
+def test_run_does_not_touch_a_folder_that_is_there(paredown, checkpoint, texts, result):
+    out, _ = result
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir())
+    again = paredown("run", checkpoint, *STEP, "--data", texts, "--out", out)
+    assert again.code == 1
+    assert again.err.count("error:") == 1
+    assert "--force" in again.err
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir()) == before
+
+
+def test_force_replaces_the_folder_with_equal_bytes(paredown, checkpoint, texts, result):
+    out, _ = result
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "stray.txt").write_text("of an older result")
+    again = paredown("run", checkpoint, *STEP, "--data", texts, "--out", out, "--gate", "none", "--force")
+    assert again.code == 0, again.err
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert not (out / "stray.txt").exists()
+
+
+def test_run_of_a_recipe_equals_the_run_of_its_step(paredown, checkpoint, texts, tmp_path, result):
+    out, _ = result
+    recipe = tmp_path / "steps.yaml"
+    recipe.write_text(
+        f"model: {checkpoint}\ndata: {{calibration: {texts}}}\ngate: none\n"
+        "steps:\n  - {method: random-experts, keep: 0.5}\n"
+    )
+    other = tmp_path / "other"
+    said = paredown("run", recipe, "--out", other)
+    assert said.code == 0, said.err
+    assert (other / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_the_gate_stops_with_code_3_and_nothing_written(paredown, checkpoint, texts, tmp_path):
+    out = tmp_path / "smaller"
+    said = paredown("run", checkpoint, *STEP, "--data", texts, "--out", out, "--gate", "kl:0.0000001")
+    assert said.code == 3
+    assert said.err.count("error:") == 1
+    assert not out.exists()
+
+
+def test_plan_foretells_and_writes_nothing(paredown, checkpoint, texts, tmp_path):
+    there = sorted(checkpoint.iterdir())
+    said = paredown("plan", checkpoint, *STEP, "--data", texts)
+    assert said.code == 0, said.err
+    assert "random-experts" in said.out
+    planned = paredown("plan", checkpoint, *STEP, "--data", texts, "--json").json
+    assert [step["method"] for step in planned] == ["random-experts"]
+    assert planned[0]["parameters_after"] < planned[0]["parameters_before"]
+    assert sorted(checkpoint.iterdir()) == there
+
+
+def test_plan_json_is_alone_on_standard_output(paredown, checkpoint, texts):
+    said = paredown("plan", checkpoint, *STEP, "--data", texts, "--json")
+    assert said.out.startswith("[")
+    assert said.out.endswith("]\n")
+
+
+@pytest.mark.parametrize("keep", ["0", "1.5", "nan", "-1"])
+def test_impossible_keeps_are_told_in_one_sentence(paredown, checkpoint, texts, tmp_path, keep):
+    out = tmp_path / "smaller"
+    words = ("run", checkpoint, "--method", "random-experts", "--keep", keep, "--data", texts, "--out", out)
+    said = paredown(*words)
+    assert said.code == 1
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert "keep" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_methods_bring_near_matches(paredown):
+    for words in (["methods", "dren"], ["plan", "testbed:moe", "--method", "dren", "--keep", "0.5"]):
+        said = paredown(*words)
+        assert said.code == 2
+        assert said.err.count("\n") == 1
+        assert "dern" in said.err
+
+
+def test_unknown_fields_bring_the_legal_ones(paredown, checkpoint):
+    said = paredown("plan", checkpoint, "--method", "dern", "--keep", "0.5", "--set", "alpa=1")
+    assert said.code == 1
+    assert said.err.count("\n") == 1
+    assert "alpha" in said.err
+
+
+@pytest.mark.parametrize("command", [["scan"], ["eval"], ["plan", *STEP], ["show"]])
+def test_a_model_that_is_not_there_is_told_in_one_sentence(paredown, tmp_path, command):
+    said = paredown(command[0], tmp_path / "nowhere", *command[1:])
+    assert said.code == 1
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert "nowhere" in said.err
+
+
+def test_methods_lists_and_shows(paredown):
+    listed = paredown("methods")
+    assert listed.code == 0
+    entries = paredown("methods", "--json").json
+    assert [entry["name"] for entry in entries]
+    for entry in entries:
+        assert entry["name"] in listed.out
+    one = paredown("methods", "dern")
+    assert "2509.10377" in one.out
+    assert "alpha" in one.out
+    assert paredown("methods", "dern", "--json").json["method"]["name"] == "dern"
+
+
+def test_eval_measures_both_models(paredown, checkpoint, texts, result):
+    out, _ = result
+    said = paredown("eval", out, "--against", checkpoint, "--data", texts)
+    assert said.code == 0, said.err
+    assert "perplexity" in said.out
+    record = paredown("eval", out, "--against", checkpoint, "--data", texts, "--json").json
+    assert {score["name"] for score in record["scores"]} >= {"perplexity", "KL"}
+    assert record["model"]["size"]["parameters"] < record["against"]["size"]["parameters"]
+
+
+def test_scan_measures_each_layer(paredown, checkpoint, texts):
+    said = paredown("scan", checkpoint, "--data", texts)
+    assert said.code == 0, said.err
+    assert said.out
+    assert paredown("scan", checkpoint, "--data", texts, "--json").json
+
+
+def test_compare_holds_methods_against_random(paredown, checkpoint, texts):
+    words = ("compare", checkpoint, "--methods", "dern,random", "--keep", "0.5", "--seeds", "2", "--data", texts)
+    said = paredown(*words)
+    assert said.code == 0, said.err
+    assert "dern" in said.out
+    assert "random-experts" in said.out
+    record = paredown(*words, "--json").json
+    assert {row["method"] for row in record["rows"]} == {"dern", "random-experts"}
+    assert record["seeds"] == [0, 1]
