@@ -47,31 +47,30 @@ def paredown(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of documents with some structure, enough for a few rows of tokens."""
-    words = (
-        "the river",
-        "ran past",
-        "old mills",
-        "where bread",
-        "was made",
-        "and sold",
-        "by those",
-        "who came in time",
-    )
-    draw = random.Random(0)
-    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
-    documents = [" ".join(draw.choice(words) for _ in range(60)) for _ in range(120)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    return path
+    return write_texts(tmp_path_factory.mktemp("data") / "texts.jsonl")
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3-MoE checkpoint with a byte-level tokenizer."""
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny-moe")
+
+
+def write_texts(path: Path) -> Path:
+    """Write documents that are drawn from a few phrases."""
+    phrases = ("the river", "ran past", "old mills", "where bread", "was made", "by those", "who came in time")
+    draw = random.Random(0)
+    documents = [" ".join(draw.choice(phrases) for _ in range(30)) for _ in range(120)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """Write weights, config and tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-moe"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -92,7 +91,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
-        max_position_embeddings=256,
+        max_position_embeddings=64,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -34,7 +34,7 @@ def test_time_left_is_told_in_proportion(monkeypatch):
     with progress(stream) as report:
         report(0, 4, "scoring")
         report(1, 4, "scoring")
-    assert stream.getvalue() == "scoring: 0 %\nscoring: 20 %, 1 min 30 s left\n"
+        assert stream.getvalue() == "scoring: 0 %\nscoring: 20 %, 1 min 30 s left\n"
 
 
 def test_a_resumed_stage_counts_only_what_it_saw(monkeypatch):
@@ -44,7 +44,7 @@ def test_a_resumed_stage_counts_only_what_it_saw(monkeypatch):
     with progress(stream) as report:
         report(6, 10, "scoring")
         report(8, 10, "scoring")
-    assert stream.getvalue() == "scoring: 60 %\nscoring: 80 %, 30 s left\n"
+        assert stream.getvalue() == "scoring: 60 %\nscoring: 80 %, 30 s left\n"
 
 
 def test_stages_are_told_apart():
@@ -55,7 +55,16 @@ def test_stages_are_told_apart():
         report(2, 2, "writing")
         report(1, 2, "writing")
     tails = [line.split(",")[0] for line in stream.getvalue().splitlines()]
-    assert tails == ["reading: 100 %", "writing: 50 %", "writing: 100 %", "writing: 50 %"]
+    assert tails == ["reading: 100 %", "writing: 50 %", "writing: 100 %", "writing: 50 %", "writing: 100 %"]
+
+
+def test_a_stage_that_is_over_is_told_so_and_one_that_broke_is_not():
+    stream = io.StringIO()
+    with pytest.raises(ZeroDivisionError), progress(stream) as report:
+        report(0, 2, "reading")
+        report(0, 2, "writing")
+        raise ZeroDivisionError
+    assert stream.getvalue().splitlines() == ["reading: 0 %", "reading: 100 %", "writing: 0 %"]
 
 
 def test_nothing_to_do_is_done():
@@ -75,6 +84,7 @@ def test_terminal_gets_bars():
     assert "scoring" in text
     assert "4/4" in text
     assert "1/2" in text
+    assert "2/2" in text
 
 
 def test_standard_error_is_the_default(capsys):

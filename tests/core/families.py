@@ -99,8 +99,8 @@ def qwen2_moe() -> PreTrainedModel:
     """A shared expert behind a gate next to the routed ones; weights not normalised over the chosen experts."""
     config = tf.Qwen2MoeConfig(
         **_GQA,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=24,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=False,
@@ -111,7 +111,7 @@ def qwen2_moe() -> PreTrainedModel:
 def qwen3_moe() -> PreTrainedModel:
     """Experts in every layer."""
     config = tf.Qwen3MoeConfig(
-        **_GQA, head_dim=16, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True
+        **_GQA, head_dim=16, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True
     )
     return _seeded(lambda: tf.Qwen3MoeForCausalLM(config))
 
@@ -121,7 +121,7 @@ def qwen3_moe_mixed() -> PreTrainedModel:
     config = tf.Qwen3MoeConfig(
         **{**_GQA, "num_hidden_layers": 4},
         head_dim=16,
-        moe_intermediate_size=16,
+        moe_intermediate_size=24,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
@@ -134,7 +134,7 @@ def deepseek_v3() -> PreTrainedModel:
     """Latent attention, a dense first layer, two groups of experts (one open), correction bias, shared experts."""
     config = tf.DeepseekV3Config(
         **{**_TEXT, "num_key_value_heads": 4, "num_hidden_layers": 4},
-        moe_intermediate_size=16,
+        moe_intermediate_size=24,
         n_shared_experts=2,
         n_routed_experts=8,
         num_experts_per_tok=2,

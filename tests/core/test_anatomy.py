@@ -104,17 +104,24 @@ def test_deepseek_routing() -> None:
     experts = anatomy.find(families.deepseek_v3()).language.blocks[1].experts
     assert experts is not None
     assert (experts.count, experts.groups, experts.open_groups, experts.group_key) == (8, 2, 1, "n_group")
+    assert experts.step == 4
     assert experts.correction_bias == "mlp.gate.e_score_correction_bias"
     assert experts.shared is not None
-    assert experts.shared.width == 32
+    assert experts.shared.width == 48
     assert experts.shared_gate is None
+
+
+def test_the_step_of_widths_follows_the_type() -> None:
+    experts = anatomy.find(families.mixtral().to(torch.bfloat16)).language.blocks[0].experts
+    assert experts is not None
+    assert experts.step == 8
 
 
 def test_shared_expert_and_its_gate() -> None:
     experts = anatomy.find(families.qwen2_moe()).language.blocks[0].experts
     assert experts is not None
     assert experts.shared is not None
-    assert (experts.shared.path, experts.shared.width) == ("mlp.shared_expert", 24)
+    assert (experts.shared.path, experts.shared.width) == ("mlp.shared_expert", 40)
     assert experts.shared_gate == "mlp.shared_expert_gate"
 
 

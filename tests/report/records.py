@@ -28,7 +28,7 @@ def experts(name: str = "testbed:moe") -> RunRecord:
     changes = [
         LayerChange(
             layer=layer,
-            unit="expert",
+            unit="experts",
             before=16,
             after=8,
             kept=sorted(draw.sample(range(16), 8)),
@@ -43,7 +43,7 @@ def experts(name: str = "testbed:moe") -> RunRecord:
         shapes[f"{base}.experts.down_proj"] = ([16, 128, 128], [8, 128, 128])
         shapes[f"{base}.gate.weight"] = ([16, 128], [8, 128])
     step = _step(
-        index=0,
+        index=1,
         method="dern",
         title="Dropping Experts, Recombining Neurons: Retraining-Free Pruning for Sparse Mixture-of-Experts LLMs",
         arxiv="2509.10377",
@@ -83,7 +83,7 @@ def experts(name: str = "testbed:moe") -> RunRecord:
         seconds_by_stage={"observe": 14.902, "score": 0.031, "decide": 0.002, "rewrite": 8.114, "write": 1.269},
         coverage={
             "tokens": 32768,
-            "experts_never_seen": {"layer_4": [3], "layer_5": [3, 11]},
+            "experts_never_seen": {"4": [3], "5": [3, 11]},
             "rarest_expert_tokens": 0,
         },
         warnings=["3 experts were never chosen by the router on the calibration data; their scores are zero."],
@@ -107,7 +107,7 @@ def experts(name: str = "testbed:moe") -> RunRecord:
             ),
             Score(
                 name="KL to the original",
-                unit="nats a token",
+                unit="nats/token",
                 higher_is_better=False,
                 before=None,
                 after=Interval(mean=0.16123, low=0.15447, high=0.16799, n=96),
@@ -115,11 +115,11 @@ def experts(name: str = "testbed:moe") -> RunRecord:
             ),
             Score(
                 name="recall of names",
-                unit="%",
+                unit="share correct",
                 higher_is_better=True,
-                before=Interval(mean=71.25, low=66.61, high=75.62, n=400),
-                after=Interval(mean=70.5, low=65.84, high=74.91, n=400),
-                difference=Interval(mean=-0.75, low=-2.49, high=0.99, n=400),
+                before=Interval(mean=0.7125, low=0.6661, high=0.7562, n=400),
+                after=Interval(mean=0.705, low=0.6584, high=0.7491, n=400),
+                difference=Interval(mean=-0.0075, low=-0.0249, high=0.0099, n=400),
             ),
         ],
         size_before=Size(parameters=5_664_128, bytes_weights=11_328_256, bytes_disk=11_341_920),
@@ -129,7 +129,7 @@ def experts(name: str = "testbed:moe") -> RunRecord:
         gate=Gate(kind="ppl", limit=2.0, value=1.14788, passed=True),
         proof=Proof(
             passed=True,
-            loader="AutoModelForCausalLM.from_pretrained",
+            loader="transformers",
             max_abs_logit_difference=0.0,
             generated="Once upon a time there was a little girl who lived at the edge of the wood.",
             bytes_match_plan=True,
@@ -154,7 +154,7 @@ def depth() -> RunRecord:
     changes = [
         LayerChange(
             layer=layer,
-            unit=part,
+            unit=f"{part} sub-layers",
             before=1,
             after=0 if layer in lost[part] else 1,
             kept=[] if layer in lost[part] else None,
@@ -164,7 +164,7 @@ def depth() -> RunRecord:
         for part in ("attention", "mlp")
     ]
     first = _step(
-        index=0,
+        index=1,
         method="llm-drop",
         title="What Matters in Transformers? Not All Attention is Needed",
         arxiv="2406.15786",
@@ -187,7 +187,7 @@ def depth() -> RunRecord:
     )
     draw = random.Random(5)
     second = _step(
-        index=1,
+        index=2,
         method="random-neurons",
         title="",
         arxiv=None,
@@ -201,7 +201,7 @@ def depth() -> RunRecord:
         changes=[
             LayerChange(
                 layer=layer,
-                unit="neuron",
+                unit="neurons",
                 before=8192,
                 after=5000 + 400 * layer,
                 kept=sorted(draw.sample(range(8192), 5000 + 400 * layer)),
@@ -290,11 +290,11 @@ def ragged() -> RunRecord:
         changes.append(
             LayerChange(
                 layer=layer,
-                unit="expert neuron",
+                unit="expert neurons",
                 before=16 * 128,
                 after=sum(widths),
                 kept=None,
-                detail={"expert_widths": widths},
+                detail={"widths": widths},
             )
         )
     return whole.model_copy(

@@ -128,7 +128,7 @@ def test_every_measured_number_is_there_exactly(make: Make) -> None:
     wanted += [step.keep, step.touched_share, step.parameters_before, step.parameters_after, step.seconds]
     wanted += [step.peak_memory_bytes, *step.seconds_by_stage.values()]
     titles = {attrs.get("title") for attrs in page.all("span")}
-    for score in record.scores:
+    for score in map(words.in_percent, record.scores):
         for one in (score.before, score.after, score.difference):
             if one is not None:
                 wanted.append(one.mean)
@@ -161,6 +161,9 @@ def test_what_a_reader_must_see_stands_in_the_text(make: Make) -> None:
         "AMD EPYC 7B13",
         "paredown run testbed:moe --method dern --keep 0.5 --out small",
         "the edge of the wood",
+        "+1.0] points",
+        "with plain transformers",
+        "experts never seen, layer 5",
         "2026-11-22 05:12 UTC",
     ):
         assert wanted in text, wanted
@@ -216,6 +219,7 @@ def test_only_dropped_layers_listed_claims_no_total(make: Make) -> None:
     text = Page(html.render(record.model_copy(update={"steps": [step]}))).text
     assert "removed 6 attention sub-layers and 2 MLP sub-layers" in text
     assert "6 removed" in text
+    assert "Layers after 11 are as they were." in text
 
 
 def test_a_gate_that_failed_comes_first(make: Make) -> None:
@@ -237,6 +241,13 @@ def test_a_failed_proof_warns_wherever_the_result_is_named(make: Make) -> None:
     assert text.count("proof failed") == 3
     assert "NOT: the size equals the plan" in text
     assert "0.250" in text
+
+
+def test_steps_are_numbered_from_one_however_the_record_counts(make: Make) -> None:
+    record = make("depth")
+    steps = [step.model_copy(update={"index": index}) for index, step in zip((0, 1), record.steps, strict=True)]
+    assert html.render(record.model_copy(update={"steps": steps})) == html.render(record)
+    assert "Step 3" not in Page(html.render(record)).text
 
 
 def test_ragged_experts_are_drawn_by_width(make: Make) -> None:

@@ -29,6 +29,8 @@ def test_a_pipe_gets_one_plain_line_a_fact(make: Make) -> None:
     assert "weights: 10.8 MiB → 6.29 MiB (-42 %)" in lines
     assert "perplexity: 23.4 [22.9, 23.9] → 26.9 [26.3, 27.5]; +0.138 [+0.129, +0.147] nats a token: worse" in lines
     assert "gate: The gate passed: perplexity after / before 1.15, limit 2.00." in lines
+    assert "step 1: peak memory: 411 MiB (planned 384 MiB, +7.1 %)" in lines
+    assert any("sha256: 9f2c9f2c9f2c;" in line for line in lines)
     assert any(line.startswith("proof: passed") for line in lines)
     assert all(line.strip() and ": " in line for line in lines)
 
@@ -40,6 +42,15 @@ def test_a_terminal_gets_tables(make: Make) -> None:
         assert words.ranges(change.kept or []) in out
     for wanted in ("Step 1: dern", "48 of 96 kept", "perplexity", "no difference shown", "from_pretrained", "0.99"):
         assert wanted in out, wanted
+
+
+def test_a_forecast_that_was_not_made_is_not_held_against_anything(make: Make) -> None:
+    record = make("experts")
+    step = record.steps[0]
+    step = step.model_copy(update={"plan": step.plan.model_copy(update={"seconds": 0.0, "peak_memory_bytes": 0})})
+    out = shown(record.model_copy(update={"steps": [step]}), terminal=False)
+    assert "planned" not in out
+    assert "step 1: peak memory: 411 MiB\n" in out
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -140,6 +140,16 @@ def test_free_form_values() -> None:
     assert words.plain(list("ab") * 40).endswith("and 48 more")
 
 
+def test_shares_become_per_cent_and_nothing_else_does() -> None:
+    some = Interval(mean=0.07, low=0.06, high=0.08, n=400)
+    score = Score(name="recall", unit="share correct", higher_is_better=True, before=some, after=some, difference=None)
+    told = words.in_percent(score)
+    assert (told.after.mean, told.after.high, told.unit, told.after.n) == (7.0, 8.0, "% correct", 400)
+    assert words.difference_unit(told) == "points"
+    other = score.model_copy(update={"unit": "nats/token"})
+    assert words.in_percent(other) == other
+
+
 def test_equal_layers_share_a_line_of_shapes() -> None:
     shapes = {f"model.layers.{i}.mlp.gate.weight": ([16, 8], [8, 8]) for i in (0, 1, 2, 5)}
     shapes["model.layers.3.mlp.gate.weight"] = ([16, 8], [4, 8])
@@ -154,7 +164,9 @@ def test_equal_layers_share_a_line_of_shapes() -> None:
 
 def test_units_in_words() -> None:
     assert words.unit("attention") == "attention sub-layer"
-    assert words.unit("mlp", 2) == "MLP sub-layers"
+    assert words.unit("mlp", 2) == words.unit("mlp sub-layers", 2) == "MLP sub-layers"
+    assert words.unit("experts") == "expert"
+    assert words.unit("attention sub-layers", 1) == "attention sub-layer"
     assert words.unit("expert neuron", 0) == "expert neurons"
     groups = words.by_unit([LayerChange(layer=i, unit="head", before=2, after=1, kept=[0], detail={}) for i in (1, 0)])
     assert [one.layer for one in groups["head"]] == [0, 1]

@@ -27,7 +27,7 @@ def _objective(name: str, tokenizer) -> objectives.Objective:
         return objectives.Recall(stream, tokenizer, tasks.names_in([TEXT]), tokens_per_step=256, lengths=(128,))
     if name == "vlm":
         digits = np.random.default_rng(0).integers(0, 255, size=(20, 28, 28), dtype=np.uint8)
-        return objectives.MosaicQuestions(digits, np.arange(20) % 10, tokenizer, 96, batch=2, seeing=0.5)
+        return objectives.MosaicQuestions(digits, np.arange(20) % 10, tokenizer, 96, TINY["hidden_size"], batch=2, seeing=0.5)
     return objectives.PlainText(stream, tokens_per_step=128, lengths=(32, 64))
 
 

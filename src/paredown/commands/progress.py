@@ -25,17 +25,22 @@ class Progress(Protocol):
 
 
 class _Stage:
-    """Tells when a report opens a new stage: another name, another total, or a count that went back."""
+    """One stage as the workflow tells it: another name, another total or a count that goes back opens a new one."""
 
-    def __init__(self) -> None:
-        self.what = ""
-        self.total = -1
-        self.done = 0
-
-    def opens(self, done: int, total: int, what: str) -> bool:
-        new = (what, total) != (self.what, self.total) or done < self.done
+    def __init__(self, done: int, total: int, what: str) -> None:
         self.what, self.total, self.done = what, total, done
-        return new
+        self._base = done  # units that were done when the stage was first heard of: a resumed one starts late
+        self._began = time.monotonic()
+
+    def goes_on(self, done: int, total: int, what: str) -> bool:
+        """Whether a report belongs to this stage."""
+        return (what, total) == (self.what, self.total) and done >= self.done
+
+    def seconds_left(self) -> float | None:
+        """Time left at the pace so far; None before there is one."""
+        if not self._base < self.done < self.total:
+            return None
+        return (time.monotonic() - self._began) / (self.done - self._base) * (self.total - self.done)
 
 
 class Lines:
@@ -43,27 +48,32 @@ class Lines:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._stage = _Stage()
-        self._began = 0.0
-        self._base = 0  # units that were done when the stage was first heard of: a resumed one starts late
-        self._told = 0
+        self._stage: _Stage | None = None
+        self._told = -1
 
     def __call__(self, done: int, total: int, what: str, /) -> None:
         """Write a line if a tenth was reached."""
-        if self._stage.opens(done, total, what):
-            self._began, self._base, self._told = time.monotonic(), done, -1
+        if self._stage is None or not self._stage.goes_on(done, total, what):
+            self.finish()
+            self._stage, self._told = _Stage(done, total, what), -1
+        self._stage.done = done
         tenth = STEPS if total <= 0 else done * STEPS // total
-        if tenth <= self._told:
-            return
-        self._told = tenth
-        self._stream.write(f"{what}: {tenth * 100 // STEPS} %{self._left(done, total)}\n")
-        self._stream.flush()
+        if tenth > self._told:
+            self._tell(tenth)
 
-    def _left(self, done: int, total: int) -> str:
-        if not self._base < done < total:
-            return ""
-        each = (time.monotonic() - self._began) / (done - self._base)
-        return f", {duration(each * (total - done))} left"
+    def finish(self) -> None:
+        """Say that the stage is done: it is when the next one begins, told or not."""
+        if self._stage is not None and self._told < STEPS:
+            self._stage.done = self._stage.total
+            self._tell(STEPS)
+
+    def _tell(self, tenth: int) -> None:
+        assert self._stage is not None
+        self._told = tenth
+        left = self._stage.seconds_left()
+        rest = "" if left is None else f", {duration(left)} left"
+        self._stream.write(f"{self._stage.what}: {tenth * 100 // STEPS} %{rest}\n")
+        self._stream.flush()
 
 
 class Bars:
@@ -71,14 +81,22 @@ class Bars:
 
     def __init__(self, bars: RichProgress) -> None:
         self._bars = bars
-        self._stage = _Stage()
+        self._stage: _Stage | None = None
         self._task: TaskID | None = None
 
     def __call__(self, done: int, total: int, what: str, /) -> None:
         """Move the bar of this stage; a new stage gets a new bar below."""
-        if self._stage.opens(done, total, what) or self._task is None:
-            self._task = self._bars.add_task(what, total=total or None)
-        self._bars.update(self._task, completed=done)
+        if self._task is None or self._stage is None or not self._stage.goes_on(done, total, what):
+            self.finish()
+            self._stage = _Stage(done, total, what)
+            self._task = self._bars.add_task(what, total=max(total, 1))
+        self._stage.done = done
+        self._bars.update(self._task, completed=done if total > 0 else 1)
+
+    def finish(self) -> None:
+        """Fill the bar of the stage that is over."""
+        if self._task is not None and self._stage is not None:
+            self._bars.update(self._task, completed=max(self._stage.total, 1))
 
 
 @contextmanager
@@ -92,22 +110,26 @@ def progress(stream: TextIO | None = None) -> Iterator[Progress]:
     """
     stream = stream or sys.stderr
     if not stream.isatty():
-        yield Lines(stream)
+        lines = Lines(stream)
+        yield lines
+        lines.finish()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(file=stream)) as bars:
-        yield Bars(bars)
+    with RichProgress(*columns, console=Console(file=stream)) as drawn:
+        bars = Bars(drawn)
+        yield bars
+        bars.finish()
 
 
 def duration(seconds: float) -> str:

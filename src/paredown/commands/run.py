@@ -40,7 +40,8 @@ def command(
     """Make the model smaller, prove the result, report.
 
     `paredown run MODEL --method M --keep K --out DIR` for one step, `paredown run RECIPE.yaml --out DIR` for several.
-    The folder appears under its name only when all of it is written and proven; paredown/report.html in it says what was done.
+    The folder appears under its name only when all of it is written and proven; what was done stands in it, in
+    paredown/report.html.
     """
     from paredown.commands.recipes import recipe_for
 

@@ -35,7 +35,7 @@ def block(
     attention = _attention(module, config, owner, path)
     mlp, experts = _feed_forward(module, config, owner, path, attention)
     residual = _residual(module, attention, mlp, config)
-    before_a, after_a, before_m, after_m = _norms(module, residual, attention, mlp, experts)
+    before_a, after_a, before_m, after_m = _norms(module, residual, owner, path)
     if attention is not None:
         attention = _with_norms(attention, before_a, after_a)
     if mlp is not None:
@@ -290,6 +290,7 @@ def _experts(
         contribution=name,
         widths=widths,
         open_groups=int(getattr(routing, "topk_group", None) or 1),
+        step=max(16 // next(experts.parameters()).element_size(), 1),
     )
 
 
@@ -346,13 +347,7 @@ def _is_norm_place(name: str, module: nn.Module) -> bool:
     return is_norm(module) or (isinstance(module, nn.Identity) and any(part in name for part in ("norm", "ln_")))
 
 
-def _norms(
-    module: nn.Module,
-    residual: str,
-    attention: Attention | None,
-    mlp: Mlp | None,
-    experts: Experts | None,
-) -> tuple[tuple[str, ...], ...]:
+def _norms(module: nn.Module, residual: str, model: nn.Module, where: str) -> tuple[tuple[str, ...], ...]:
     """Return the norms before and after attention and before and after the MLP, as names of the block's children."""
     present = {name for name, child in module.named_children() if _is_norm_place(name, child)}
     if residual == "post" or not present:
@@ -363,7 +358,7 @@ def _norms(
     for pattern in names.NORM_PATTERNS:
         if {name for part in pattern for name in part} == present:
             return pattern
-    raise missing(module, "norms of a block", f"children that look like norms: {', '.join(sorted(present))}")
+    raise missing(model, "norms of a block", f"{where} holds {', '.join(sorted(present))}")
 
 
 def _with_norms(part: Any, before: tuple[str, ...], after: tuple[str, ...]) -> Any:

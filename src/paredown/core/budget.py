@@ -13,8 +13,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from paredown.core.anatomy import Experts
-from paredown.errors import BudgetError
+from paredown.core.roles import Block, Experts
+from paredown.errors import ArchitectureError, BudgetError
 
 
 def removed(n: int, keep: float) -> int:
@@ -81,10 +81,10 @@ def share(total: int, weights: Sequence[float]) -> list[int]:
     Raises
     ------
     BudgetError
-        If weights are negative or all zero.
+        If weights are negative, all zero or no finite numbers.
     """
-    if not weights or min(weights) < 0 or sum(weights) <= 0:
-        raise BudgetError("a budget can only be shared out by weights that are not negative and not all zero.")
+    if not weights or not all(map(math.isfinite, weights)) or min(weights) < 0 or not any(weights):
+        raise BudgetError("a budget can only be shared out by finite weights, none negative and not all zero.")
     exact = [total * Fraction(w) / Fraction(sum(map(Fraction, weights))) for w in weights]
     parts = [math.floor(x) for x in exact]
     order = sorted(range(len(parts)), key=lambda i: (-(exact[i] - parts[i]), i))
@@ -117,13 +117,29 @@ def experts(part: Experts, keep: float, *, lower_top_k: bool = False) -> tuple[i
             f"keep {keep:g} leaves {count} of {part.count} experts, but the router chooses {part.top_k} for each token; "
             f"keep at least {part.top_k / part.count:g}, or set lower_top_k=true where the method has it."
         )
-    if part.groups > 1 and count < part.count and (count % part.groups or count < 2 * part.groups):
-        step = part.groups
-        legal = [n for n in range(2 * step, part.count + 1, step)]
+    top_k = min(part.top_k, count)
+    # A group is judged by its two best experts, and the open groups must hold top-k experts between them.
+    least = max(2, -(-top_k // part.open_groups))
+    if part.groups > 1 and count < part.count and (count % part.groups or count < least * part.groups):
+        legal = range(least * part.groups, part.count + 1, part.groups)
         raise BudgetError(
             f"keep {keep:g} leaves {count} of {part.count} experts, but the router's {part.groups} groups must lose "
-            f"equally and keep two each; legal numbers are {', '.join(map(str, legal))}."
+            f"equally and keep at least {least} each; legal numbers are {', '.join(map(str, legal))}."
         )
-    if count < 1:
-        raise BudgetError(f"keep {keep:g} leaves no expert of {part.count}; choose a larger keep.")
-    return count, min(part.top_k, count)
+    return count, top_k
+
+
+def even(block: Block) -> bool:
+    """Whether a block has routed experts; all of them must be of one width.
+
+    Raises
+    ------
+    ArchitectureError
+        If an earlier step left experts of unequal width.
+    """
+    if block.experts is not None and block.experts.widths is not None:
+        raise ArchitectureError(
+            f"the experts of layer {block.index} are of unequal width, which this method cannot cut; put it before the "
+            "step that made them so, or let that step keep equal widths."
+        )
+    return block.experts is not None

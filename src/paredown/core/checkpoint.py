@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from paredown.core import anatomy as anatomy_module
 from paredown.core import files, layered
 from paredown.core.anatomy import Anatomy
+from paredown.core.resources import release_memory
 from paredown.errors import ArchitectureError, CheckpointError
 
 
@@ -64,8 +64,9 @@ class Model:
         return self.hf.config
 
     def parameters(self) -> int:
-        """Count parameters, tied ones once."""
-        return sum(p.numel() for p in self.hf.parameters())
+        """Count parameters, tied ones once (on the meta device they are two tensors)."""
+        tied = set(getattr(self.hf, "all_tied_weights_keys", None) or ())
+        return sum(p.numel() for name, p in self.hf.named_parameters(remove_duplicate=False) if name not in tied)
 
     def save(self, out: str | Path) -> None:
         """Write a standard checkpoint folder (weights, config, generation config, tokenizer)."""
@@ -162,7 +163,7 @@ class Skeleton:
                     child._parameters[name] = nn.Parameter(
                         torch.empty_like(parameter, device="meta"), requires_grad=False
                     )
-        gc.collect()
+        release_memory()
 
     def disk_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn names and layouts in memory into those of the original checkpoint."""

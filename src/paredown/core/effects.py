@@ -151,6 +151,11 @@ def _neurons(experts: Experts, edit: KeepExpertNeurons, where: str) -> Experts:
         _check(kept, full, f"neurons of expert {e}", where, least=0 if ragged else 1)
     if max(lengths) == 0:
         raise BudgetError(f"{where}: no neuron of any expert would stay; drop the MLP instead")
+    if not ragged and lengths[0] != experts.width and lengths[0] % experts.step:
+        raise BudgetError(
+            f"{where}: experts of width {lengths[0]} cannot run in transformers' grouped matrix products; keep a multiple"
+            f" of {experts.step} neurons in each expert"
+        )
     shared = experts.shared
     if edit.shared is not None:
         whole = _has(shared, "shared expert", where)

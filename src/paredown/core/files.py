@@ -288,7 +288,9 @@ def _download(repo: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
     except HFValidationError:
-        raise ModelNotFoundError(f"{repo!r} is neither a folder nor a hub id; write org/name or a local path.") from None
+        raise ModelNotFoundError(
+            f"{repo!r} is neither a folder nor a hub id; write org/name or a local path."
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelNotFoundError(
             f"there is no folder {repo!r} here, and the hub did not give a model of that name ({_short(error)}); "

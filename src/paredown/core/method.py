@@ -133,9 +133,7 @@ class Compressor(Method):
         """Hyper-parameters and budget, for records."""
         return self.model_dump()
 
-    def compress(
-        self, model: Model, data: Batch | None, *, seed: int = 0, progress: Progress | None = None
-    ) -> Outcome:
+    def compress(self, model: Model, data: Batch | None, *, seed: int = 0, progress: Progress | None = None) -> Outcome:
         """Compress ``model`` in place, in memory.
 
         Parameters

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from paredown.errors import ArchitectureError
+from paredown.errors import ArchitectureError, BudgetError
 
 
 class RaggedExperts(nn.Module):
@@ -136,7 +136,17 @@ class RaggedExperts(nn.Module):
         """Split every expert into micro-experts of ``chunk`` channels (the last one filled up with zeros).
 
         Exact up to the order of summation, since a gated expert is a sum over its channels.
+
+        Raises
+        ------
+        BudgetError
+            If a row of ``chunk`` channels is not a whole number of 16 bytes, which grouped products need.
         """
+        step = max(16 // self.down_flat.element_size(), 1)
+        if chunk < 1 or chunk % step:
+            raise BudgetError(
+                f"micro-experts of {chunk} channels cannot be multiplied in groups; use a multiple of {step}"
+            )
         return MicroExperts(self, chunk)
 
     def extra_repr(self) -> str:

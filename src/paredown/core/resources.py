@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -28,6 +30,14 @@ def peak_memory() -> int:
 def resident_memory() -> int:
     """Return the resident memory of this process in bytes."""
     return _status("VmRSS")
+
+
+def release_memory() -> None:
+    """Give freed memory back to the operating system; the C library would keep it for later."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(field: str) -> int:

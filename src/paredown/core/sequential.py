@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -131,10 +131,13 @@ class Stream:
         return sum(ids.numel() for ids in self.ids)
 
     @torch.no_grad()
-    def start(self, source: Source) -> None:
-        """Embed the tokens and catch what each block is handed. Needs the source's ends (without head) open."""
+    def start(self, source: Source, *, embeddings: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Embed the tokens and catch what each block is handed. Needs the source's ends (without head) open.
+
+        ``embeddings`` takes the place of the model's own embedding: ids ``[B, T]`` to hidden states ``[B, T, H]``.
+        """
         for ids, mask in zip(self.ids, self.masks, strict=True):
-            hidden, calls = _catch(source, ids, mask)
+            hidden, calls = _catch(source, ids, mask, None if embeddings is None else embeddings(ids))
             self.hidden.append(hidden)
             self.calls.append(calls)
 
@@ -299,11 +302,11 @@ def _shimmed(hf: PreTrainedModel, tower: Tower, put: Tensor | None = None) -> It
             layers[i] = block
 
 
-def _catch(source: Source, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Call]]:
+def _catch(source: Source, ids: Tensor, mask: Tensor | None, embedded: Tensor | None) -> tuple[Tensor, list[Call]]:
     tower = source.model.anatomy.language
     decoder = source.model.hf.get_submodule(tower.decoder)
     with _shimmed(source.model.hf, tower) as shims:
-        arguments = {"input_ids": ids.to(source.device)}
+        arguments = {"input_ids": ids.to(source.device)} if embedded is None else {"inputs_embeds": embedded}
         if mask is not None:
             arguments["attention_mask"] = mask.to(source.device)
         decoder(**arguments, **_no_cache(decoder))

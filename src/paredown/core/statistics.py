@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from paredown.core.anatomy import Attention, Experts, Mlp
 from paredown.core.method import View
+from paredown.errors import ArchitectureError
 
 
 class Observer:
@@ -91,11 +92,14 @@ class Similarity(Observer):
 
     Gives sums ``attention``, ``mlp``, ``block``, ``window`` (block input ``lookback`` blocks ago against this block's
     output) and ``tokens``. What *enters* the stream is compared with what *leaves* it; norms are not part of either.
+    The stream between the two sub-layers is taken where the second one reads it, so that families that scale what
+    they add (Granite) are measured as they are.
     """
 
     def attach(self, view: View) -> list[Any]:
-        """Hook the block and the modules whose output is added to the stream."""
+        """Hook the block and what reads the stream, or adds to it, within the block."""
         part = view.part
+        dense = part.mlp or part.experts
         seen: dict[str, Tensor] = {}
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,18 +111,24 @@ class Similarity(Observer):
 
             return hook
 
+        def between(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # The first to read the stream is the norm before the MLP, or the MLP itself where it has none.
+            seen.setdefault("middle", args[0] if args else kwargs["hidden_states"])
+
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             out = output[0] if isinstance(output, tuple) else output
             start, end = self.flat(seen["in"]).float(), self.flat(out).float()
-            middle = start
             self.add("tokens", torch.tensor(float(start.shape[0])))
-            if "attention" in seen:
-                after = start + self.flat(seen["attention"]).float()
-                self.add("attention", _cosines(start, after))
-                middle = after if part.residual == "pre" else start
-            if "mlp" in seen:
-                after = end if part.residual == "pre" else start + self.flat(seen["mlp"]).float()
-                self.add("mlp", _cosines(middle, after))
+            if part.residual == "pre":
+                middle = self.flat(seen["middle"]).float() if "middle" in seen else end
+                if part.attention is not None:
+                    self.add("attention", _cosines(start, middle))
+                if dense is not None:
+                    self.add("mlp", _cosines(middle, end))
+            else:
+                for name in ("attention", "mlp"):
+                    if name in seen:
+                        self.add(name, _cosines(start, start + self.flat(seen[name]).float()))
             self.add("block", _cosines(start, end))
             if self.past:
                 self.add("window", _cosines(self.flat(self.past[0]).float(), end))
@@ -128,9 +138,12 @@ class Similarity(Observer):
             view.module.register_forward_pre_hook(enter, with_kwargs=True),
             view.module.register_forward_hook(leave),
         ]
+        if part.residual == "pre":
+            for path in (*dense.norms, dense.path) if dense is not None else ():
+                handles.append(view.child(path).register_forward_pre_hook(between, with_kwargs=True))
+            return handles
         if part.attention is not None:
             handles.append(view.child(part.attention.contribution).register_forward_hook(keep("attention")))
-        dense = part.mlp or part.experts
         if dense is not None:
             handles.append(view.child(dense.contribution).register_forward_hook(keep("mlp")))
         return handles
@@ -159,6 +172,12 @@ class ExpertTraffic(Observer):
         part = view.part.experts
         assert part is not None
         module = view.child(part.experts)
+        for odd in ("has_bias", "is_transposed", "has_post_expert_norm", "paredown_ragged"):
+            if getattr(module, odd, False):
+                raise ArchitectureError(
+                    f"the experts of layer {view.part.index} ({type(module).__name__}) cannot be measured neuron by "
+                    f"neuron ({odd}); use a method that looks at no neurons, or drop whole sub-layers."
+                )
 
         def forward(hidden: Tensor, index: Tensor, weights: Tensor, **_: Any) -> Tensor:
             return self._run(module, part, hidden, index, weights)
@@ -192,11 +211,11 @@ class ExpertTraffic(Observer):
             if not len(chosen):
                 continue
             token = chosen // index.shape[1]
-            gate, up = F.linear(hidden[token], module.gate_up_proj[expert]).chunk(2, dim=-1)
-            act = module.act_fn(gate)
-            inner = act * up
+            gate_up = F.linear(hidden[token], module.gate_up_proj[expert])
+            inner = _gated(module, gate_up)
             weight = weights.reshape(-1)[chosen].unsqueeze(-1)
             if self.response:
+                act = module.act_fn(gate_up.chunk(2, dim=-1)[0])
                 real_act = act if self.valid is None else act[hits.reshape(-1)[chosen] > 0]
                 if len(real_act):
                     response[expert] = real_act.abs().amax(0).float()
@@ -312,6 +331,17 @@ class _Override:
     def remove(self) -> None:
         """Give the class's own forward back."""
         del self.module.forward
+
+
+def _gated(module: Any, gate_up: Tensor) -> Tensor:
+    """Return the hidden activations ``[n, I]``, gated as the family does it (some clamp before they multiply)."""
+    own = getattr(module, "_apply_gate", None)
+    if own is not None:
+        inner: Tensor = own(gate_up)
+        return inner
+    gate, up = gate_up.chunk(2, dim=-1)
+    activated: Tensor = module.act_fn(gate) * up
+    return activated
 
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:

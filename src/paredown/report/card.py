@@ -85,7 +85,7 @@ def render(record: RunRecord) -> str:
         "removed": words.joined(words.removed(record)),
         "steps": [_step(step) for step in record.steps],
         "sizes": _sizes(record),
-        "scores": [_score(score) for score in record.scores],
+        "scores": [_score(words.in_percent(score)) for score in record.scores],
         "class_name": _CLASSES.get(pipeline or "", "AutoModel"),
         "versions": [(name, record.versions[name]) for name in _STEADY_VERSIONS if name in record.versions],
         "citations": _citations(record),

@@ -32,12 +32,13 @@ def render(record: RunRecord) -> str:
         A whole HTML document with its styles and drawings inside. The same record gives the same text. Every text of
         the record is escaped, and a content security policy forbids the page to load or run anything.
     """
+    record = record.model_copy(update={"scores": [words.in_percent(score) for score in record.scores]})
     context: dict[str, Any] = {
         "record": record,
         "name": words.short_name(record.model),
         "lead": _lead(record),
         "facts": _facts(record),
-        "warnings": [(step, warning) for step in record.steps for warning in step.warnings],
+        "warnings": [(n, step, text) for n, step in enumerate(record.steps, start=1) for text in step.warnings],
         "plans": [_plan(record, step) for step in record.steps],
         "removed": [_removed(step) for step in record.steps],
         "scores": [_score(score) for score in record.scores],
@@ -191,7 +192,7 @@ def _plan(record: RunRecord, step: StepRecord) -> dict[str, Any]:
         _planned("Parameters", words.many, step.parameters_before, plan.parameters_after, step.parameters_after),
     ]
     # Weights are written once, after the last step: only there is a measured size to hold against the plan.
-    if step.index == max(one.index for one in record.steps):
+    if step is record.steps[-1]:
         rows.append(
             _planned("Weights", words.size, plan.bytes_before, plan.bytes_after, record.size_after.bytes_weights)
         )
@@ -212,7 +213,7 @@ def _planned(
     return {
         "name": name,
         "before": cell(before),
-        "planned": cell(planned),
+        "planned": cell(planned or None),  # a forecast of zero is one that was not made
         "measured": cell(measured),
         "deviation": words.DASH if measured is None else words.deviation(planned, measured),
         "far": far,
@@ -239,6 +240,7 @@ def _depth(step: StepRecord) -> int:
 def _strip(step: StepRecord, groups: dict[str, list[LayerChange]]) -> dict[str, Any]:
     """Sub-layers and blocks: one row a kind, one cell a layer."""
     depth = _depth(step)
+    open_end = all(one.after == 0 for changes in groups.values() for one in changes)
     rows = []
     for name, changes in groups.items():
         gone = [one.layer for one in changes if one.after < one.before]
@@ -256,7 +258,8 @@ def _strip(step: StepRecord, groups: dict[str, list[LayerChange]]) -> dict[str, 
         )
     names = words.joined([words.unit(name, 2) for name in groups])
     return {
-        "caption": f"{names[:1].upper()}{names[1:]} by layer. Filled: kept. Hollow: removed.",
+        "caption": f"{names[:1].upper()}{names[1:]} by layer. Filled: kept. Hollow: removed."
+        + (f" Layers after {depth - 1} are as they were." if open_end else ""),
         "corner": "",
         "axis": "layer",
         "rows": rows,
@@ -330,8 +333,8 @@ def _grid(name: str, changes: list[LayerChange]) -> dict[str, Any]:
 
 
 def _widths(one: LayerChange) -> tuple[list[int], float] | None:
-    """Neurons kept of each expert (``detail["expert_widths"]``) and the width that each had, if a step records them."""
-    widths = one.detail.get("expert_widths")
+    """Neurons kept of each expert (``detail["widths"]``) and the width that each had, if a step records them."""
+    widths = one.detail.get("widths")
     if not isinstance(widths, list) or not widths or not all(isinstance(width, int) for width in widths):
         return None
     return widths, max(one.before / len(widths), 1.0)
@@ -440,9 +443,12 @@ def _proof(record: RunRecord) -> list[dict[str, Any]]:
     if record.proof is None:
         return []
     proof = record.proof
-    checks: Sequence[tuple[bool, str]] = [
-        (proof.finite, "every logit is finite"),
+    flags: Sequence[tuple[bool, str]] = (
+        (proof.finite, "all weights are finite"),
         (proof.bytes_match_plan, "the size equals the plan"),
         (proof.weights_match_config, "weights and config agree"),
-    ]
-    return [{"good": good, "text": text} for good, text in checks]
+    )
+    # The checks of a proof that passed say all that the flags say, and in more detail.
+    found = [("good", text) if good else ("bad", f"NOT: {text}") for good, text in flags if not (good and proof.checks)]
+    found += [("good" if proof.passed else "", words.line(text)) for text in proof.checks]
+    return [{"state": state, "text": text} for state, text in found]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from paredown.report import words
 from paredown.workflow.record import RunRecord, StepRecord
@@ -52,10 +54,10 @@ def _lines(record: RunRecord, console: Console) -> None:
 def lines(record: RunRecord) -> list[str]:
     """The summary as plain lines, in the order in which things happened."""
     found = [f"model: {words.line(record.model)} ({words.line(record.family)})"]
-    for step in record.steps:
-        found.append(f"step {step.index + 1}: {_head(step)}")
-        found += [f"step {step.index + 1}: {name}: {text}" for name, text in _facts(step)]
-        found += [f"step {step.index + 1}: warning: {words.line(warning)}" for warning in step.warnings]
+    for position, step in enumerate(record.steps, start=1):
+        found.append(f"step {position}: {_head(step)}")
+        found += [f"step {position}: {name}: {text}" for name, text in _facts(step)]
+        found += [f"step {position}: warning: {words.line(warning)}" for warning in step.warnings]
     for name, before, after, moved in _costs(record):
         found.append(f"{name.lower()}: {before} → {after} ({moved})" if before else f"{name.lower()}: {after}")
     for name, before, after, moved in _scores(record):
@@ -84,9 +86,9 @@ def _tables(record: RunRecord, console: Console) -> None:
         console.print(Text(text, style))
 
     show(f"{words.line(record.model)} ({words.line(record.family)})", "bold")
-    for step in record.steps:
+    for position, step in enumerate(record.steps, start=1):
         show("")
-        show(f"Step {step.index + 1}: {_head(step)}", "bold")
+        show(f"Step {position}: {_head(step)}", "bold")
         facts = Table(box=None, show_header=False, pad_edge=False)
         facts.add_column(style="dim")
         facts.add_column(overflow="fold")
@@ -137,7 +139,7 @@ def _head(step: StepRecord) -> str:
 def _facts(step: StepRecord) -> list[tuple[str, str]]:
     facts = [
         ("fields", words.plain(step.fields)),
-        ("data", words.plain(step.data)),
+        ("data", words.plain(_short(step.data))),
         ("seed", str(step.seed)),
         ("touched", f"{words.percent(step.touched_share)} of the parameters"),
         ("parameters", f"{words.many(step.parameters_before)} → {words.many(step.parameters_after)}"),
@@ -151,21 +153,25 @@ def _facts(step: StepRecord) -> list[tuple[str, str]]:
         facts.append((words.unit(name, 2), told))
     stages = ", ".join(f"{words.label(name)} {words.duration(value)}" for name, value in step.seconds_by_stage.items())
     planned = step.plan
-    facts += [
-        (
-            "time",
-            f"{words.duration(step.seconds)} (planned {words.duration(planned.seconds)}, "
-            f"{words.deviation(planned.seconds, step.seconds)}){f': {stages}' if stages else ''}",
-        ),
-        (
-            "peak memory",
-            f"{words.size(step.peak_memory_bytes)} (planned {words.size(planned.peak_memory_bytes)}, "
-            f"{words.deviation(planned.peak_memory_bytes, step.peak_memory_bytes)})",
-        ),
-    ]
+    time = _held_against(words.duration, planned.seconds, step.seconds)
+    facts.append(("time", f"{time}{f': {stages}' if stages else ''}"))
+    facts.append(("peak memory", _held_against(words.size, planned.peak_memory_bytes, step.peak_memory_bytes)))
     if step.coverage:
         facts.append(("coverage", words.plain(step.coverage)))
     return [(name, text) for name, text in facts if text != "none"]
+
+
+def _held_against(show: Callable[[float], str], planned: float, measured: float) -> str:
+    """A measurement with its forecast; a forecast of zero is one that was not made."""
+    if not planned:
+        return show(measured)
+    return f"{show(measured)} (planned {show(planned)}, {words.deviation(planned, measured)})"
+
+
+def _short(data: dict[str, Any]) -> dict[str, Any]:
+    """Data as a terminal has room for it: hashes cut, empty values left out."""
+    kept = {key: value for key, value in data.items() if value not in ([], {}, "", None)}
+    return {k: v[:12] if isinstance(v, str) and re.fullmatch("[0-9a-f]{40,}", v) else v for k, v in kept.items()}
 
 
 def _costs(record: RunRecord) -> list[tuple[str, str, str, str]]:
@@ -206,7 +212,7 @@ def _costs(record: RunRecord) -> list[tuple[str, str, str, str]]:
 
 def _scores(record: RunRecord) -> list[tuple[str, str, str, str]]:
     found = []
-    for score in record.scores:
+    for score in map(words.in_percent, record.scores):
         before = "" if score.before is None else f"{words.mean(score.before)} {words.bounds(score.before)}"
         after = f"{words.mean(score.after)} {words.bounds(score.after)}"
         moved = ""
@@ -223,4 +229,4 @@ def _proof(record: RunRecord) -> str:
         return "not made yet" if words.written(record) else "nothing was written"
     gap = words.significant(proof.max_abs_logit_difference)
     verdict = "passed" if proof.passed else "FAILED"
-    return f"{verdict} (opened with {words.line(proof.loader)}, logits differ by at most {gap})"
+    return f"{verdict} (opened with {words.opens(proof.loader)}, logits differ by at most {gap})"

@@ -239,14 +239,18 @@ def moment(stamp: str) -> str:
 
 
 def label(key: object) -> str:
-    """A key of a record as words: ``seconds_by_stage`` becomes ``seconds by stage``."""
-    return line(str(key)).replace("_", " ")
+    """A key of a record as words: ``seconds_by_stage`` becomes ``seconds by stage``, and ``3`` is a layer."""
+    text = line(str(key)).replace("_", " ")
+    return f"layer {text}" if text.isdecimal() else text
 
 
 def unit(name: str, amount: int = 1) -> str:
-    """A unit's name, in the plural unless there is one: ``8 experts``, ``1 attention sub-layer``."""
-    word = _SUBLAYERS.get(name.lower(), line(name))
-    return word if amount == 1 or word.endswith("s") else f"{word}s"
+    """A unit's name in number, whichever way a record spells it: ``8 experts``, ``1 attention sub-layer``."""
+    word = line(name)
+    word = _SUBLAYERS.get(word.lower(), word)
+    word = f"MLP{word[3:]}" if word.startswith("mlp ") else word
+    single = word[:-1] if word.endswith("s") else word
+    return single if amount == 1 else f"{single}s"
 
 
 def joined(parts: Sequence[str]) -> str:
@@ -288,7 +292,24 @@ def is_perplexity(score: Score) -> bool:
 
 def difference_unit(score: Score) -> str:
     """The unit of a score's paired difference."""
-    return "nats a token" if is_perplexity(score) else line(score.unit)
+    if is_perplexity(score):
+        return "nats a token"
+    return "points" if score.unit == "% correct" else line(score.unit)
+
+
+def in_percent(score: Score) -> Score:
+    """A share of correct answers in per cent; any other score as it is."""
+    if score.unit != "share correct":
+        return score
+
+    def scaled(one: Interval | None) -> Interval | None:
+        if one is None:
+            return None
+        low, middle, high = (round(end * 100, 10) for end in (one.low, one.mean, one.high))
+        return Interval(mean=middle, low=low, high=high, n=one.n)
+
+    update = {"unit": "% correct", "before": scaled(score.before), "after": scaled(score.after)}
+    return score.model_copy(update=update | {"difference": scaled(score.difference)})
 
 
 def score_unit(score: Score) -> str:
@@ -324,9 +345,9 @@ def removed(record: RunRecord) -> list[str]:
     and is not claimed.
     """
     totals: dict[tuple[int, str], list[int]] = {}
-    for step in record.steps:
+    for position, step in enumerate(record.steps):
         for one in step.changes:
-            entry = totals.setdefault((step.index, one.unit), [0, 0, 1])
+            entry = totals.setdefault((position, one.unit), [0, 0, 1])
             entry[0] += one.before
             entry[1] += one.after
             entry[2] &= int(one.before == 1 and one.after == 0)
@@ -336,6 +357,11 @@ def removed(record: RunRecord) -> list[str]:
             of = "" if only_lost else f"of {count(before)} "
             parts.append(f"{count(before - after)} {of}{unit(name, before - after if only_lost else before)}")
     return parts
+
+
+def opens(loader: str) -> str:
+    """What opens a result: ``plain transformers``, or whatever else the record names."""
+    return "plain transformers" if loader == "transformers" else line(loader)
 
 
 def gate_sentence(record: RunRecord) -> str:
@@ -376,10 +402,12 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def rows(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """A free-form dictionary as rows for a table; nested dictionaries become rows of their own."""
+    """A free-form dictionary as rows for a table: nested dictionaries become rows of their own, empty values none."""
     found: list[tuple[str, str]] = []
     for key, value in values.items():
-        if isinstance(value, dict) and value:
+        if value in ([], {}, ""):
+            continue
+        if isinstance(value, dict):
             found += [(f"{label(key)}, {name}", text) for name, text in rows(value)]
         else:
             found.append((label(key), plain(value)))

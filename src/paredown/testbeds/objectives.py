@@ -114,18 +114,21 @@ class Recall:
         return weighted_cross_entropy(logits, tokens[:, 1:], weights[:, 1:]), len(rows) * length
 
 
-class VisionHeads(nn.Module):
-    """Heads that give the vision tower something to learn; dropped when the model is shipped.
+class MosaicHeads(nn.Module):
+    """Heads that give the inner layers something to learn; dropped when the model is shipped.
 
     ``presence`` reads from CLS which digits occur; ``digit`` and ``cell`` read from each patch what lies in its cell
     and which cell that is, which keeps both facts in the features that the language model gets.
+    ``asked`` reads, in the middle of the language model, which cell the question names: to look there is the second of two
+    steps, and without help with the first neither is found in the time of a short run.
     """
 
-    def __init__(self, width: int, cells: int) -> None:
+    def __init__(self, width: int, text_width: int, cells: int) -> None:
         super().__init__()
         self.presence = nn.Linear(width, 10)
         self.digit = nn.Linear(width, len(mosaic.ANSWERS))
         self.cell = nn.Linear(width, cells)
+        self.asked = nn.Linear(text_width, cells)
 
 
 class MosaicQuestions:
@@ -137,8 +140,8 @@ class MosaicQuestions:
         ``[N, 28, 28]`` and ``[N]``: handwritten digits.
     tokenizer
         The tokenizer of the language model.
-    width
-        Width of the vision tower.
+    width, text_width
+        Widths of the vision tower and of the language model.
     batch
         Mosaics in a step (twice as many while the tower learns alone).
     seeing
@@ -151,12 +154,13 @@ class MosaicQuestions:
         labels: npt.NDArray[np.integer],
         tokenizer: PreTrainedTokenizerFast,
         width: int,
+        text_width: int,
         batch: int = 16,
         seeing: float = 0.2,
     ) -> None:
         self.digits, self.labels, self.batch, self.seeing = digits, labels, batch, seeing
         self.shape = mosaic.SHAPE
-        self.heads = VisionHeads(width, self.shape.cells)
+        self.heads = MosaicHeads(width, text_width, self.shape.cells)
         self.extra: nn.Module = self.heads
         self.patch_cell = self.shape.cell_of_patch()
 
@@ -205,25 +209,33 @@ class MosaicQuestions:
     ) -> tuple[Tensor, int]:
         rows: list[list[int]] = []
         weights: list[list[float]] = []
+        cells: list[list[int]] = []  # the cell that an answer token is about; elsewhere what cross entropy ignores
         for labels in made.labels:
             rows.append(list(self.image_ids))
             weights.append([0.0] * len(self.image_ids))
+            cells.append([-100] * len(self.image_ids))
             for cell in rng.permutation(self.shape.cells):
                 told, asked = self.answers[labels[cell]], self.questions[cell]
                 rows[-1] += asked + told
                 weights[-1] += [0.02] * len(asked) + [1.0] * len(told)
+                cells[-1] += [-100] * len(asked) + [int(cell)] * len(told)
         width = max(map(len, rows))
         pad = int(model.config.text_config.pad_token_id)
         tokens = on_device(model, np.array([row + [pad] * (width - len(row)) for row in rows], dtype=np.int64))
         weight = on_device(model, np.array([row + [0.0] * (width - len(row)) for row in weights], dtype=np.float32))
+        cell_asked = on_device(model, np.array([row + [-100] * (width - len(row)) for row in cells], dtype=np.int64))
         features = model.model.multi_modal_projector(hidden[model.config.vision_feature_layer][:, 1:])
         embedded = model.get_input_embeddings()(tokens)
         # The placeholders are a prefix of fixed length, so the features replace them by position.
         count = self.shape.visual_tokens
         embedded = torch.cat([features.to(embedded.dtype), embedded[:, count:]], dim=1)
-        states = model.model.language_model(inputs_embeds=embedded[:, :-1]).last_hidden_state[:, count:]
-        logits = model.lm_head(states)  # only the text positions: most of the sequence is image
-        return weighted_cross_entropy(logits, tokens[:, count + 1 :], weight[:, count + 1 :]), tokens.numel()
+        read = model.model.language_model(inputs_embeds=embedded[:, :-1], output_hidden_states=True)
+        # Only the text positions: most of the sequence is image.
+        logits = model.lm_head(read.last_hidden_state[:, count:])
+        loss = weighted_cross_entropy(logits, tokens[:, count + 1 :], weight[:, count + 1 :])
+        middle = self.heads.asked(read.hidden_states[len(read.hidden_states) // 2][:, count:]).float()
+        loss = loss + 0.3 * F.cross_entropy(middle.flatten(0, 1), cell_asked[:, count + 1 :].flatten())
+        return loss, tokens.numel()
 
 
 def mnist(folder: Path, part: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]:

@@ -170,7 +170,8 @@ def make_objective(
     """Read the data of a testbed and return what it is trained on."""
     if name == "vlm":
         digits, labels = objectives.mnist(data, "train")
-        return objectives.MosaicQuestions(digits, labels, tokenizer, shapes.VISION_SIZE["hidden_size"])
+        widths = shapes.VISION_SIZE["hidden_size"], shapes.SIZES["vlm"]["hidden_size"]
+        return objectives.MosaicQuestions(digits, labels, tokenizer, *widths)
     train, _ = corpus.prepare(data, folder / "tokens", tokenizer, only=only)
     if name == "recall":
         names = tasks.names_in([tokenizer.decode(train[:400_000])])
@@ -202,12 +203,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="minutes of training (default: 30)")
     parser.add_argument("--steps", type=int, help="steps instead of minutes: exactly repeatable")
-    parser.add_argument("--init", type=Path, help="start from these weights instead of random ones")
+    parser.add_argument("--init", type=Path, help="start from these weights; vlm may start from a text model")
     parser.add_argument("--tokenizer", type=Path, help="an existing tokenizer; without one, one is trained on DATA")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
+
+
+def start_from(model: Any, folder: Path) -> None:
+    """Take over the weights of an earlier model; a vision-language model takes a text model as its language model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    earlier: Any
+    if AutoConfig.from_pretrained(folder).model_type == model.config.model_type:
+        earlier = type(model).from_pretrained(folder, dtype=torch.float32)
+        model.load_state_dict(earlier.state_dict())
+    else:
+        earlier = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.model.language_model.load_state_dict(earlier.model.state_dict())
 
 
 def describe(options: argparse.Namespace) -> dict[str, str]:
@@ -216,7 +230,7 @@ def describe(options: argparse.Namespace) -> dict[str, str]:
     cpu = f"{cores}-core CPU, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "data": "mnist" if options.name == "vlm" else ", ".join(options.only) or options.data.name,
-        "init": "random weights" if options.init is None else f"the weights of an earlier {options.init.name}",
+        "init": "random weights" if options.init is None else f"an earlier {options.init.name}",
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
     }
 
@@ -232,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     objective = make_objective(options.name, options.data, options.out, tokenizer, options.only)
     model: Any = shapes.build(options.name, tokenizer)
     if options.init is not None:
-        model = type(model).from_pretrained(options.init, dtype=torch.float32)
+        start_from(model, options.init)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     schedule = Schedule(options.minutes, options.steps)
     trainer = Trainer(

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from paredown.core import checkpoint, configs, surgery
-from paredown.core.anatomy import Block
+from paredown.core import checkpoint, surgery
+from paredown.core.anatomy import Anatomy, Block
 from paredown.core.checkpoint import Model, Skeleton
 from paredown.core.edits import DropBlock, Edit
 from paredown.core.effects import edited
@@ -196,13 +195,21 @@ def _bytes(found: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in found.values())
 
 
-def changes(edits: Sequence[Edit], anatomy_before: Any) -> list[dict[str, Any]]:
-    """Describe edits layer by layer: how many units there were, how many stay, and which."""
-    described = []
-    for edit in edits:
-        block = anatomy_before.language.blocks[edit.layer]
-        described.append({"layer": edit.layer, **_describe(edit, block)})
-    return described
+def changes(method: Compressor, edits: Sequence[Edit], anatomy: Anatomy) -> list[dict[str, Any]]:
+    """Describe what became of each layer that the method looked at, untouched ones included."""
+    touched = {edit.layer for edit in edits}
+    described = [{"layer": e.layer, **_describe(e, anatomy.language.blocks[e.layer])} for e in edits]
+    for block in anatomy.language.blocks:
+        if method.applies(block) and block.index not in touched:
+            described.append(
+                {"layer": block.index, "unit": _unit(method, described), "before": 1, "after": 1, "kept": None, "detail": {}}
+            )  # fmt: skip
+    return sorted(described, key=lambda c: c["layer"])
+
+
+def _unit(method: Compressor, described: Sequence[Mapping[str, Any]]) -> str:
+    units = {c["unit"] for c in described}
+    return units.pop() if len(units) == 1 else method.unit
 
 
 def _describe(edit: Edit, block: Block) -> dict[str, Any]:
@@ -229,11 +236,3 @@ def _describe(edit: Edit, block: Block) -> dict[str, Any]:
                 "kept": list(edit.keep), "detail": {}}  # fmt: skip
     unit = "blocks" if edit.op == "drop_block" else f"{edit.part} sub-layers"
     return {"unit": unit, "before": 1, "after": 0, "kept": [], "detail": {}}
-
-
-def folder_name(ref: str) -> str:
-    """Return a short name of a model for sentences."""
-    return Path(ref).name if "/" in ref or "\\" in ref else ref
-
-
-__all__ = ["changes", "compressors", "configs", "plan", "plan_step", "tensors"]

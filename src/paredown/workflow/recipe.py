@@ -135,7 +135,7 @@ def read(path: str | Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as text ({type(error).__name__}).") from None
     try:
-        raw = yaml.load(text, Loader=_PlainLoader)  # noqa: S506  (a SafeLoader without aliases)
+        raw = yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""

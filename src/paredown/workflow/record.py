@@ -89,6 +89,8 @@ class StepRecord(_Record):
     index: int
     method: str
     title: str
+    year: int | None = None
+    arxiv: str | None = None
     axis: str
     fields: dict[str, Any]
     keep: float

@@ -150,8 +150,8 @@ class _Run:
         if done.exists():
             record = StepRecord.model_validate_json(done.read_text(encoding="utf-8"))
             return _StepResult(record, keeper.folder / "checkpoint")
+        planned = plan.plan_step(checkpoint.skeleton(source), method, self.recipe, rehearse=True)
         began = time.perf_counter()
-        planned = plan.plan_step(checkpoint.skeleton(source), method, self.recipe, rehearse=number == 1)
         data = self._calibration(method, skeleton)
         calibrating = stream_for(method, skeleton.model, data)
         watch = None
@@ -169,13 +169,15 @@ class _Run:
             index=number,
             method=method.name,
             title=method.title,
+            year=method.year,
+            arxiv=method.arxiv,
             axis=method.axis,
             fields=method.model_dump(mode="json"),
             keep=method.keep,
             seed=self.recipe.seed,
             data=data.record() if data is not None else {},
             plan=planned,
-            changes=[LayerChange(**c) for c in plan.changes(outcome.edits, anatomy)],
+            changes=[LayerChange(**c) for c in plan.changes(method, outcome.edits, anatomy)],
             touched_share=outcome.touched_share,
             parameters_before=total,
             parameters_after=after.model.parameters(),
@@ -298,7 +300,7 @@ class _Run:
             paredown=paredown.__version__,
             command=" ".join(["paredown", *sys.argv[1:]]) if sys.argv[0].endswith("paredown") else "paredown.run(...)",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            model=self.recipe.model,
+            model=_shown(self.recipe.model),
             family=last.model.anatomy.family,
             recipe=self.recipe.model_dump(mode="json"),
             steps=[r.record for r in results],
@@ -365,6 +367,11 @@ def _gate_sentence(gate: Gate) -> str:
         f"stopped by the gate: {what} {gate.value:.3g}{unit}, more than the {gate.limit:g} allowed, and nothing was "
         "written; keep more, or accept the loss with --resume and a wider --gate."
     )
+
+
+def _shown(ref: str) -> str:
+    """Return a model's name such that a local folder cannot be taken for a hub id."""
+    return str(Path(ref).expanduser().absolute()) if Path(ref).expanduser().is_dir() else ref
 
 
 def _how_to_load(loader: str, cls: str, name: str) -> str:

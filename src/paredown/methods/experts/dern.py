@@ -51,7 +51,7 @@ class DERN(Compressor):
 
     def applies(self, part: Block) -> bool:
         """Whether the block has routed experts."""
-        return part.experts is not None
+        return budget.even(part)
 
     def observe(self, view: View) -> list[Observer]:
         """Watch routing weights and gate responses."""
