@@ -37,7 +37,7 @@ demo: $(STAMP) ## Take half the experts out of a trained mixture-of-experts mode
 	@echo "The smaller model is in demo-output; open demo-output/paredown/report.html in a browser."
 
 test: $(STAMP) ## Run every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP) ## Check style, types and that the generated pages are current
 	$(BIN)/ruff check .

@@ -62,7 +62,14 @@ def entries() -> tuple[Entry, ...]:
     known = _read_catalogue()
     if known is None or {entry.module for entry in known} != set(_modules()):
         known = discover()
-    third_party = [entry for name in _plugin_modules() for entry in _entries_of(name)]
+    third_party = [entry for name in _plugin_modules() for entry in _third_party(name)]
+    for plugin in third_party:
+        for own in known:
+            if own.name == plugin.name:
+                raise UsageError(
+                    f"the plugin {plugin.module} calls a method {own.name!r}, which Paredown has itself; "
+                    "rename it there or uninstall the plugin."
+                )
     return tuple(sorted({e.name: e for e in (*known, *third_party)}.values(), key=lambda e: (e.axis, e.name)))
 
 
@@ -150,6 +157,15 @@ def _entries_of(module: str) -> list[Entry]:
 
     importlib.import_module(module)
     return [_describe(cls) for cls in method.registered() if cls.__module__ == module]
+
+
+def _third_party(module: str) -> list[Entry]:
+    """Describe what a plugin registers; one that is broken is named, so that it can be mended or removed."""
+    try:
+        return _entries_of(module)
+    except Exception as error:
+        text = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UsageError(f"the plugin {module} cannot be used ({text.rstrip('.')}); mend or uninstall it.") from error
 
 
 def _describe(cls: type[Method]) -> Entry:

@@ -438,7 +438,7 @@ REFUSED: list[tuple[str, list[Edit], type[Exception], str]] = [
     ("mixtral", [KeepExperts(layer=1, keep=(3, 8), top_k=2)], BudgetError, "from 0 to 7"),
     ("mixtral", [KeepExpertNeurons(layer=1, keep=((0,),) * 7)], BudgetError, "one list for each expert"),
     ("mixtral", [KeepExpertNeurons(layer=1, keep=((),) * 8)], BudgetError, "keep at least 1"),
-    ("mixtral", [KeepExpertNeurons(layer=1, keep=((0,),) * 8, shared=(0,))], BudgetError, "no shared expert"),
+    ("mixtral", [KeepExpertNeurons(layer=1, keep=((0, 1, 2, 3),) * 8, shared=(0,))], BudgetError, "no shared expert"),
     ("mixtral", [KeepExpertNeurons(layer=1, keep=((0, 1, 2),) * 8)], BudgetError, "multiple of 4"),
     ("mixtral", [KeepNeurons(layer=1, keep=(0,))], BudgetError, "no dense MLP"),
     ("llama", [KeepNeurons(layer=1, keep=())], BudgetError, "keep at least 1"),

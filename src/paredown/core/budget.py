@@ -114,8 +114,8 @@ def experts(part: Experts, keep: float, *, lower_top_k: bool = False) -> tuple[i
     count = kept(part.count, keep)
     if count < part.top_k and not lower_top_k:
         raise BudgetError(
-            f"keep {keep:g} leaves {count} of {part.count} experts, but the router chooses {part.top_k} for each token; "
-            f"keep at least {part.top_k / part.count:g}, or set lower_top_k=true where the method has it."
+            f"keep {keep:g} leaves {count} of {part.count} experts, but the router chooses {part.top_k} for each "
+            f"token; keep at least {part.top_k / part.count:g}, or set lower_top_k=true where the method has it."
         )
     top_k = min(part.top_k, count)
     # A group is judged by its two best experts, and the open groups must hold top-k experts between them.

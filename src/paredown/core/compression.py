@@ -21,7 +21,7 @@ from torch import Tensor
 from paredown.core import audit, surgery
 from paredown.core.anatomy import Block
 from paredown.core.edits import DropBlock, Edit
-from paredown.core.method import Compressor, Outcome, Progress, View
+from paredown.core.method import Compressor, Method, Outcome, Progress, View
 from paredown.core.resources import peak_memory, reset_peak_memory
 from paredown.core.sequential import AttentionMemory, Resident, Source, Stream
 from paredown.errors import ArchitectureError, DataError, NothingTouchedError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from paredown.core.calibration import Batch
     from paredown.core.checkpoint import Model
+    from paredown.core.statistics import Observer
 
 TOKENS_AT_ONCE = 4096
 
@@ -300,7 +301,45 @@ def compress_in_memory(
     return outcome
 
 
-def stream_for(method: Compressor, model: Model, data: Batch | None) -> Stream | None:
+def observed(
+    method: Method,
+    model: Model,
+    data: Batch | None,
+    wanted: Sequence[int],
+    observers: Callable[[View], list[Observer]],
+) -> Iterator[tuple[View, dict[str, Tensor]]]:
+    """Pass calibration data through a model in memory; yield each wanted block with what was measured in it.
+
+    Parameters
+    ----------
+    wanted : numbers of the blocks to look at, ascending
+    observers : what to attach to a block
+
+    Raises
+    ------
+    ArchitectureError
+        If no block is wanted.
+    DataError
+        If no data were given.
+    """
+    if not wanted:
+        raise ArchitectureError(
+            f"{method.name} looks at {method.unit}, and {model.source} has none; `paredown scan` shows what it has."
+        )
+    stream, source = stream_for(method, model, data), Resident(model)
+    assert stream is not None
+    with source.open_ends(head=False):
+        stream.start(source)
+    for index in range(wanted[-1] + 1):
+        view = source.open(index)
+        found = observers(view) if index in wanted else []
+        stream.advance(view, found, index=index)
+        source.close(index)
+        if found:
+            yield view, {k: v for o in found for k, v in o.result().items()}
+
+
+def stream_for(method: Method, model: Model, data: Batch | None) -> Stream | None:
     """Return the calibration stream that a method needs, or None if it needs none.
 
     Raises

@@ -153,8 +153,8 @@ def _neurons(experts: Experts, edit: KeepExpertNeurons, where: str) -> Experts:
         raise BudgetError(f"{where}: no neuron of any expert would stay; drop the MLP instead")
     if not ragged and lengths[0] != experts.width and lengths[0] % experts.step:
         raise BudgetError(
-            f"{where}: experts of width {lengths[0]} cannot run in transformers' grouped matrix products; keep a multiple"
-            f" of {experts.step} neurons in each expert"
+            f"{where}: experts of width {lengths[0]} cannot run in transformers' grouped matrix products; keep a"
+            f" multiple of {experts.step} neurons in each expert"
         )
     shared = experts.shared
     if edit.shared is not None:

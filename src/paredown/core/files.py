@@ -26,6 +26,9 @@ SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100 * 2**20
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "LICENSE*", "README.md"]
+_EXTRA_PREFIXES = (
+    "tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "LICENSE", "NOTICE",
+)  # fmt: skip
 _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4, "C64": 64,
@@ -270,9 +273,8 @@ def copy_extras(source: Path, out: Path) -> list[str]:
     for path in sorted(source.iterdir()):
         name = path.name
         wanted = (
-            name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"))
+            name.startswith(_EXTRA_PREFIXES)
             or name in {"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"}
-            or name.startswith(("LICENSE", "NOTICE"))
             or name.endswith((".model", ".jinja"))
         )
         if path.is_file() and wanted:

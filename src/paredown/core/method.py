@@ -155,6 +155,30 @@ class Compressor(Method):
         return compression.compress_in_memory(self, model, data, seed=seed, progress=progress)
 
 
+class Probe(Method):
+    """A method that looks and changes nothing: it ends in a table, not in a smaller model."""
+
+    kind: ClassVar[Kind] = "probe"
+
+    def measure(self, model: Model, data: Batch | None, *, seed: int = 0) -> list[dict[str, Any]]:
+        """Look at ``model`` and return a table: one dictionary a row, the same keys in each, ready for JSON.
+
+        Parameters
+        ----------
+        model : is left exactly as it was
+        data : calibration tokens ``[N, T]``; None for probes that look at weights only
+        seed : fixes whatever the probe draws
+
+        Raises
+        ------
+        ArchitectureError
+            If the model has nothing to look at.
+        DataError
+            If the probe needs data and none were given.
+        """
+        raise NotImplementedError
+
+
 _REGISTERED: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
 

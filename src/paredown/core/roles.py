@@ -58,8 +58,8 @@ class Experts:
     ``experts`` is the module that owns ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``; ``router`` the module
     that owns ``weight [E, H]`` and returns ``(logits, weights, indices)``. Keys name config attributes.
     ``widths`` holds each expert's width where they differ (then ``width`` is the largest), else None. ``groups`` are
-    consecutive runs of experts of equal length, of which a token may use ``open_groups``. A common width must be a multiple of ``step``: the
-    grouped matrix products that transformers runs by default need rows of whole 16 bytes.
+    consecutive runs of experts of equal length, of which a token may use ``open_groups``. A common width must be a
+    multiple of ``step``: the grouped matrix products that transformers runs by default need rows of whole 16 bytes.
     """
 
     path: str

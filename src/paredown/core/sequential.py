@@ -119,8 +119,8 @@ class Stream:
         self, name: str, ids: Tensor, mask: Tensor | None = None, *, batch_size: int = 8, lookback: int = 0
     ) -> None:
         self.name = name
-        self.ids = ids.split(batch_size)
-        self.masks = mask.split(batch_size) if mask is not None else (None,) * len(self.ids)
+        self.ids = torch.split(ids, batch_size)
+        self.masks = torch.split(mask, batch_size) if mask is not None else (None,) * len(self.ids)
         self.hidden: list[Tensor] = []
         self.calls: list[list[Call]] = []
         self.past: list[deque[Tensor]] = [deque(maxlen=lookback) for _ in self.ids]
@@ -180,10 +180,11 @@ class Stream:
     @torch.no_grad()
     def logits(self, source: Source, rows: int) -> Iterator[Tensor]:
         """Yield logits ``[rows, T, V]``, ``rows`` sequences at a time. Needs the source's ends (with head) open."""
-        hidden = torch.cat(self.hidden).split(rows)
-        masks = torch.cat([m for m in self.masks if m is not None]).split(rows) if self.masks[0] is not None else None
-        for number, part in enumerate(hidden):
-            yield _finish(source, part, masks[number] if masks is not None else None)
+        hidden = torch.split(torch.cat(self.hidden), rows)
+        known = [m for m in self.masks if m is not None]
+        masks = torch.split(torch.cat(known), rows) if known else (None,) * len(hidden)
+        for part, mask in zip(hidden, masks, strict=True):
+            yield _finish(source, part, mask)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that changes from block to block, for the journal."""

@@ -189,6 +189,9 @@ def _keep_heads(block: nn.Module, part: Attention, keep: Sequence[int]) -> None:
     heads, kv_heads = len(queries), len(keep)
     _set(owner, num_heads=heads, num_attention_heads=heads, num_key_value_heads=kv_heads, num_key_value_groups=ratio)
     _set(owner, all_head_size=heads * size)
+    if getattr(owner, "embed_dim", None) == part.heads * size:
+        # InternVL's tower reshapes the heads' outputs to this width.
+        _set(owner, embed_dim=heads * size)
 
 
 def _keep_neurons(block: nn.Module, part: Mlp, keep: Sequence[int]) -> None:
@@ -229,12 +232,23 @@ def _keep_expert_neurons(block: nn.Module, part: Experts, keep: Sequence[Sequenc
         return
     width = len(keep[0])
     gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    index = torch.tensor([list(kept) for kept in keep], dtype=torch.long, device=gate_up.device)
-    rows = torch.cat([index, index + part.width], 1)
-    _put(experts, "gate_up_proj", gate_up.gather(1, rows[:, :, None].expand(-1, -1, gate_up.shape[2])))
-    _put(experts, "down_proj", down.gather(2, index[:, None, :].expand(-1, down.shape[1], -1)))
-    if getattr(experts, "gate_up_proj_bias", None) is not None:
-        _put(experts, "gate_up_proj_bias", experts.gate_up_proj_bias.detach().gather(1, rows))
+    bias = getattr(experts, "gate_up_proj_bias", None)
+    rows_in, columns_out = (
+        gate_up.new_empty(part.count, 2 * width, gate_up.shape[2]),
+        down.new_empty(*down.shape[:2], width),
+    )
+    biases = None if bias is None else bias.detach().new_empty(part.count, 2 * width)
+    for e, kept in enumerate(keep):
+        index = torch.tensor(list(kept), dtype=torch.long, device=gate_up.device)
+        both = torch.cat([index, index + part.width])  # gate rows, then up rows
+        rows_in[e] = gate_up[e].index_select(0, both)
+        columns_out[e] = down[e].index_select(1, index)
+        if biases is not None:
+            biases[e] = bias[e].index_select(0, both)
+    _put(experts, "gate_up_proj", rows_in)
+    _put(experts, "down_proj", columns_out)
+    if biases is not None:
+        _put(experts, "gate_up_proj_bias", biases)
     _set(experts, intermediate_dim=width, intermediate_size=width, expert_dim=width)
 
 

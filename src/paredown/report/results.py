@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paredown.errors import OutputError
 from paredown.report import words
 
 if TYPE_CHECKING:
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
     from paredown.workflow.measured import CompareRecord, EvalRecord, Ratio, Row, Side
     from paredown.workflow.record import Interval
 
-TIMES = "\u00d7"
 _HEADS = ("method", "keep", "perplexity", "KL", "against random", "", "parameters", "weights", "time")
+_ASCII = str.maketrans({words.MINUS: "-", words.TIMES: "x", words.DASH: "-", "∞": "inf", "“": '"', "”": '"'})
 _COLOURS = ("#0b6e99", "#c4532d", "#4a7c2c", "#7a4b9c", "#a8860b", "#b03a68", "#2f5d8a", "#5a5a5a")
 
 
@@ -126,6 +128,25 @@ def svg(record: CompareRecord) -> str:
     return text.getvalue()
 
 
+def write(record: CompareRecord, out: Path) -> list[Path]:
+    """Write a comparison into a folder, which is made if need be: ``comparison.json``, ``.md`` and ``.svg``.
+
+    Raises
+    ------
+    OutputError
+        If the folder cannot be written.
+    """
+    texts = {"json": record.model_dump_json(indent=1) + "\n", "md": markdown(record), "svg": svg(record)}
+    paths = [out / f"comparison.{kind}" for kind in texts]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path, text in zip(paths, texts.values(), strict=True):
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"the comparison cannot be written to {str(out)!r} ({error.strerror}).") from None
+    return paths
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +202,7 @@ def _timed(kind: str, sides: Sequence[Side], ratio: Ratio | None) -> tuple[str, 
     if ratio is None:
         return (name, *shown)
     spread = f"{words.significant(ratio.low, 2)} to {words.significant(ratio.high, 2)}"
-    return (name, *shown, f"{words.significant(ratio.median, 2)}{TIMES} the time ({spread})")
+    return (name, *shown, f"{words.significant(ratio.median, 2)}{words.TIMES} the time ({spread})")
 
 
 def _original(record: CompareRecord) -> tuple[str, ...]:
@@ -267,10 +288,12 @@ def _fact(row: Sequence[str]) -> str:
 
 
 def _plain(lines: Sequence[str], console: Console) -> None:
+    ascii_only = not (console.encoding or "").lower().startswith("utf")
     for line in lines:
-        console.print(
-            line.replace(words.NARROW, " ").rstrip(), markup=False, highlight=False, emoji=False, soft_wrap=True
-        )
+        text = line.replace(words.NARROW, " ").rstrip()
+        if ascii_only:
+            text = text.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
+        console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _footnotes(notes: Sequence[str], console: Console) -> None:

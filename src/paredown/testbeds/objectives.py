@@ -119,8 +119,8 @@ class MosaicHeads(nn.Module):
 
     ``presence`` reads from CLS which digits occur; ``digit`` and ``cell`` read from each patch what lies in its cell
     and which cell that is, which keeps both facts in the features that the language model gets.
-    ``asked`` reads, in the middle of the language model, which cell the question names: to look there is the second of two
-    steps, and without help with the first neither is found in the time of a short run.
+    ``asked`` reads, in the middle of the language model, which cell the question names: to look there is the second of
+    two steps, and without help with the first neither is found in the time of a short run.
     """
 
     def __init__(self, width: int, text_width: int, cells: int) -> None:

@@ -13,7 +13,7 @@ Verdict = Literal["beats random", "no difference shown", "worse than random"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid")
 
 
 class Memory(_Record):

@@ -202,8 +202,15 @@ def changes(method: Compressor, edits: Sequence[Edit], anatomy: Anatomy) -> list
     for block in anatomy.language.blocks:
         if method.applies(block) and block.index not in touched:
             described.append(
-                {"layer": block.index, "unit": _unit(method, described), "before": 1, "after": 1, "kept": None, "detail": {}}
-            )  # fmt: skip
+                {
+                    "layer": block.index,
+                    "unit": _unit(method, described),
+                    "before": 1,
+                    "after": 1,
+                    "kept": None,
+                    "detail": {},
+                }
+            )
     return sorted(described, key=lambda c: c["layer"])
 
 

@@ -48,7 +48,9 @@ with torch.no_grad():
     step = int(rows)
     logits = torch.cat([model(input_ids=ids[i:i + step]).logits.float().cpu() for i in range(0, len(ids), step)])
 found["shape"] = list(logits.shape)
-difference = (logits - known["logits"]).abs().max() if logits.shape == known["logits"].shape else torch.tensor(float("inf"))
+difference = torch.tensor(float("inf"))
+if logits.shape == known["logits"].shape:
+    difference = (logits - known["logits"]).abs().max()
 found["difference"] = float(difference) if torch.isfinite(difference) else 1e30
 found["spread"] = float(known["logits"].std())
 found["generated"] = []

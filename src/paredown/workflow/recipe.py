@@ -99,7 +99,7 @@ class Recipe(BaseModel):
 
     model: str = Field(min_length=1, description="Hub id, local folder or testbed:NAME.")
     steps: tuple[Step, ...] = Field(min_length=1, max_length=64, description="Methods, in this order.")
-    data: Data = Field(default_factory=Data, description="Calibration and held-out data.")
+    data: Data = Field(default_factory=lambda: Data(), description="Calibration and held-out data.")
     gate: str = Field("ppl:2.0", description="Largest loss: ppl:RATIO, kl:NATS or none.")
     seed: int = Field(0, ge=0, lt=2**31, description="Fixes whatever is drawn.")
 
@@ -170,7 +170,7 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse aliases."""
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(
                 None, None, "anchors and aliases are not read; write the values out", event.start_mark
             )

@@ -11,7 +11,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -219,26 +219,16 @@ class _Run:
         if file.exists() and reference.exists():
             return
         rows = self._rows(source.skeleton, heldout)
-        found: dict[str, list[Tensor]] = {"before": [], "after": [], "kl": []}
-        kept: list[Tensor] = []
         with source.open_ends(head=True):
             pairs = zip(watch.before.logits(source, rows), watch.after.logits(source, rows), strict=True)
-            for ids, (before, after) in zip(heldout.input_ids.split(rows), pairs, strict=True):
-                old, new = before.float().log_softmax(-1), after.float().log_softmax(-1)
-                target = ids[:, 1:].to(old.device).unsqueeze(-1)
-                found["before"].append(-old[:, :-1].gather(-1, target).squeeze(-1).cpu())
-                found["after"].append(-new[:, :-1].gather(-1, target).squeeze(-1).cpu())
-                found["kl"].append((old.exp() * (old - new)).sum(-1).mean(-1).cpu())
-                if sum(map(len, kept)) < PROOF_SEQUENCES:
-                    kept.append(after.float().cpu())
-        logits = torch.cat(kept)
-        write_tensors(reference, {"input_ids": heldout.input_ids[: len(logits)], "logits": logits})
-        write_tensors(file, {k: torch.cat(v) for k, v in found.items()})
+            judged, kept = _compare(heldout, pairs, rows)
+        write_tensors(reference, {"input_ids": heldout.input_ids[: len(kept)], "logits": kept})
+        write_tensors(file, judged)
 
     def _rows(self, skeleton: Skeleton, heldout: Batch | None) -> int:
         if heldout is None:
             return 1
-        vocabulary = skeleton.model.config.get_text_config().vocab_size
+        vocabulary = int(skeleton.model.config.get_text_config().vocab_size)
         return max(1, min(PROOF_SEQUENCES, LOGITS_AT_ONCE // (heldout.input_ids.shape[1] * vocabulary)))
 
     def _judge(self, steps: int, heldout: Batch | None) -> tuple[list[Score], Gate]:
@@ -246,19 +236,26 @@ class _Run:
         kind, limit = self.gate.kind, self.gate.limit
         if heldout is None:
             return [], Gate(kind="none", limit=None, value=None, passed=True)
-        first = load_file(self.journal.folder / "step-1" / "judged.safetensors")
-        last = load_file(self.journal.folder / f"step-{steps}" / "judged.safetensors")
-        scores = [intervals.score_perplexity(first["before"], last["after"])]
-        # With several steps, the stored divergence is from the step before, not from the original.
-        if steps == 1:
-            scores.append(intervals.score_kl(last["kl"]))
+        file = self.journal.folder / f"step-{steps}" / "judged.safetensors"
+        # Each step has compared its result with its own start; several steps are compared from end to end.
+        judged = load_file(file) if steps == 1 else self._from_end_to_end(file.parent / "checkpoint", heldout)
+        scores = [intervals.score_perplexity(judged["before"], judged["after"]), intervals.score_kl(judged["kl"])]
         value: float | None = None
         if kind == "ppl":
-            value = float((last["after"].mean() - first["before"].mean()).exp())
+            value = float((judged["after"].mean() - judged["before"].mean()).exp())
         elif kind == "kl":
-            value = float(last["kl"].mean())
+            value = float(judged["kl"].mean())
         passed = value is None or limit is None or value <= limit
         return scores, Gate(kind=kind, limit=limit, value=value, passed=passed)
+
+    def _from_end_to_end(self, result: Path, heldout: Batch) -> dict[str, Tensor]:
+        """Let the held-out sequences pass the original and the final model, one block resident, and compare."""
+        sources = [OnDisk(checkpoint.skeleton(f), device=self.device) for f in (self.folder, result)]
+        streams = [_passed(source, heldout) for source in sources]
+        rows = self._rows(sources[0].skeleton, heldout)
+        with sources[0].open_ends(head=True), sources[1].open_ends(head=True):
+            pairs = zip(streams[0].logits(sources[0], rows), streams[1].logits(sources[1], rows), strict=True)
+            return _compare(heldout, pairs, rows)[0]
 
     def _calibration(self, method: Compressor, skeleton: Skeleton) -> Batch | None:
         if "calibration-data" not in method.needs:
@@ -273,9 +270,10 @@ class _Run:
         """Return the held-out sequences; without data there can be no gate and no proof of logits."""
         spec = self.recipe.data
         try:
-            texts = calibration.read(
-                spec.heldout or spec.calibration, model_ref=self.recipe.model, split="heldout" if not spec.heldout else "all"
-            )  # fmt: skip
+            if spec.heldout:
+                texts = calibration.read(spec.heldout, model_ref=self.recipe.model, split="all")
+            else:
+                texts = calibration.read(spec.calibration, model_ref=self.recipe.model, split="heldout")
         except DataError:
             if self.gate.kind == "none" and spec.heldout is None and spec.calibration is None:
                 return None
@@ -347,6 +345,32 @@ class _Run:
         write_text(whole / "README.md", card.render(record))
         write_text(notes / "report.html", html.render(record))
         self.journal.publish(whole)
+
+
+def _passed(source: OnDisk, heldout: Batch) -> Stream:
+    """Return the held-out sequences behind the last block of a model."""
+    stream = stream_of("heldout", heldout)
+    with source.open_ends(head=False):
+        stream.start(source)
+    for block in source.model.anatomy.language.blocks:
+        stream.advance(source.open(block.index), index=block.index)
+        source.close(block.index)
+    return stream
+
+
+def _compare(heldout: Batch, pairs: Iterable[tuple[Tensor, Tensor]], rows: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return losses before and after ``[N, T-1]``, their divergence ``[N]``, and the first few logits after."""
+    found: dict[str, list[Tensor]] = {"before": [], "after": [], "kl": []}
+    kept: list[Tensor] = []
+    for ids, (before, after) in zip(torch.split(heldout.input_ids, rows), pairs, strict=True):
+        old, new = before.float().log_softmax(-1), after.float().log_softmax(-1)
+        target = ids[:, 1:].to(old.device).unsqueeze(-1)
+        found["before"].append(-old[:, :-1].gather(-1, target).squeeze(-1).cpu())
+        found["after"].append(-new[:, :-1].gather(-1, target).squeeze(-1).cpu())
+        found["kl"].append((old.exp() * (old - new)).sum(-1).mean(-1).cpu())
+        if sum(map(len, kept)) < PROOF_SEQUENCES:
+            kept.append(after.float().cpu())
+    return {k: torch.cat(v) for k, v in found.items()}, torch.cat(kept)
 
 
 def read_record(folder: str | Path) -> RunRecord:

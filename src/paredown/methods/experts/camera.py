@@ -13,21 +13,24 @@ token reached have energy 0 throughout, so ties are the normal case: the lower i
 
 Two forms: ``uniform``, in which every expert of a layer keeps the same width and which opens in plain transformers,
 and ``ragged``, the paper's one list over the whole layer, which opens with ``paredown.load``. A shared expert takes
-part: with the same share in the uniform form, at the head of the list in the ragged one. Where a family's config ties
-the shared width to the expert width (DeepSeek), the ragged list leaves the shared expert whole.
+part: with the same share in the uniform form, at the head of the list in the ragged one. Where a family's config makes
+the shared width a multiple of the experts' (DeepSeek), the uniform form keeps that multiple. The strongest neuron of
+the shared expert and the strongest of all routed ones always stay (ours).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from paredown.core import budget
+from paredown.core import budget, energy
 from paredown.core.anatomy import Block, Experts
+from paredown.core.architectures import SHARED_WIDTH_KEYS
 from paredown.core.edits import Edit, KeepExpertNeurons
 from paredown.core.method import Compressor, Scores, View, register
 from paredown.core.statistics import ExpertTraffic, Observer
@@ -42,7 +45,7 @@ class _MicroExperts(Compressor):
 
     def applies(self, part: Block) -> bool:
         """Whether the block has routed experts."""
-        return part.experts is not None
+        return budget.even(part)
 
     def placeholder(self, part: Block) -> dict[str, Tensor]:
         """Scores for a plan."""
@@ -71,22 +74,27 @@ class _MicroExperts(Compressor):
         keep = tuple(_rest(part.width, budget.lowest(row, gone)) for row in score)
         kept_shared = None
         if part.shared is not None and shared is not None:
-            times = part.shared.width // part.width if _tied(part) else 0
+            # DeepSeek: the config gives the shared width as a multiple of the experts'.
+            times = part.shared.width // part.width if part.shared.width_key == SHARED_WIDTH_KEYS[0] else 0
             gone_shared = gone * times if times else budget.removed(part.shared.width, self.keep)
             kept_shared = _rest(part.shared.width, budget.lowest(shared, gone_shared)) if gone_shared else None
         return KeepExpertNeurons(layer=layer, keep=keep, shared=kept_shared)
 
     def _ragged(self, layer: int, part: Experts, score: Tensor, shared: Tensor | None) -> Edit | None:
-        head = shared if part.shared is not None and shared is not None and not _tied(part) else None
-        offset = 0 if head is None else head.numel()
-        listed = score.flatten() if head is None else torch.cat([head, score.flatten()])
+        head = shared if part.shared is not None and shared is not None else score.new_zeros(0)
+        listed = torch.cat([head, score.flatten()]).double()
         gone = budget.removed(listed.numel(), self.keep)
         if not gone:
             return None
+        # A layer without any routed neuron, or a shared expert without any, is not a layer that can be built.
+        listed[head.numel() + int(score.argmax())] = math.inf
+        if head.numel():
+            listed[int(head.argmax())] = math.inf
         stays = torch.ones(listed.numel(), dtype=torch.bool)
         stays[list(budget.lowest(listed, gone))] = False
-        keep = tuple(tuple(row.nonzero().flatten().tolist()) for row in stays[offset:].reshape(score.shape))
-        kept_shared = None if head is None else tuple(stays[:offset].nonzero().flatten().tolist())
+        beside, routed = stays.tensor_split([head.numel()])
+        keep = tuple(tuple(row.nonzero().flatten().tolist()) for row in routed.reshape(score.shape))
+        kept_shared = tuple(beside.nonzero().flatten().tolist()) if len(beside) else None
         return KeepExpertNeurons(layer=layer, keep=keep, shared=kept_shared)
 
 
@@ -111,7 +119,7 @@ class CameraP(_MicroExperts):
 
     def score(self, view: View, seen: Scores, seed: int) -> dict[str, Tensor]:
         """Return ``score [E, I]``, ``tokens [E]`` and, where there is a shared expert, ``shared [I_s]``."""
-        return _energies(view, seen, self.peak_share) | {"tokens": seen["tokens"]}
+        return energy.of_experts(view, seen, self.peak_share) | {"tokens": seen["tokens"]}
 
 
 @register
@@ -135,32 +143,6 @@ class RandomNeurons(_MicroExperts):
         return scores
 
 
-def _energies(view: View, seen: Scores, peak_share: float) -> dict[str, Tensor]:
-    part = view.part.experts
-    assert part is not None
-
-    def mix(total: Tensor, peak: Tensor, norms: Tensor) -> Tensor:
-        return ((1 - peak_share) * total + peak_share * peak) * norms.float().cpu()
-
-    down = view.child(part.experts).down_proj
-    scores = {"score": mix(seen["energy"], seen["peak"], torch.stack([d.float().square().sum(0) for d in down]))}
-    if part.shared is not None:
-        columns = view.child(part.shared.down).weight
-        scores["shared"] = mix(seen["shared_energy"], seen["shared_peak"], columns.float().square().sum(0))
-    return scores
-
-
 def _rest(count: int, gone: Sequence[int]) -> tuple[int, ...]:
     absent = set(gone)
     return tuple(i for i in range(count) if i not in absent)
-
-
-def _tied(part: Experts) -> bool:
-    return part.shared is not None and part.shared.width_key == part.width_key
-
-
-def summary(score: Tensor) -> dict[str, Any]:
-    """Return how a layer's energy is spread: the shares of neurons that carry 50, 90 and 99 % of it."""
-    ordered = score.flatten().sort(descending=True).values.double()
-    cumulative = ordered.cumsum(0) / ordered.sum().clamp(min=1e-30)
-    return {f"{p}%": float((cumulative < p / 100).sum() + 1) / ordered.numel() for p in (50, 90, 99)}

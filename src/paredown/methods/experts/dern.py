@@ -156,7 +156,7 @@ def _segments(gate_up: Tensor, down: Tensor, origin: Tensor, index: Tensor) -> T
 
 def _assign(units: Tensor, centres: Tensor) -> Tensor:
     """Return each unit vector's nearest centre ``[n]``, a block of segments at a time."""
-    return torch.cat([(block @ centres.T).argmax(dim=1) for block in units.split(4096)])
+    return torch.cat([(block @ centres.T).argmax(dim=1) for block in torch.split(units, 4096)])
 
 
 def _nearest(gate_up: Tensor, down: Tensor, dropped: list[int], kept: list[int]) -> tuple[Tensor, Tensor]:

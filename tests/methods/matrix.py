@@ -1,0 +1,247 @@
+"""The common matrix: which methods are tested with which fields on which families, and how their units are counted.
+
+Every compressor of the registry is in it. One that is not named in `FIELDS` runs with its defaults, on all decoders
+that have what it removes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import families
+import torch
+from torch import Tensor
+
+from paredown import registry
+from paredown.core import anatomy as anatomies
+from paredown.core.anatomy import Anatomy, Block
+from paredown.core.calibration import Batch
+from paredown.core.checkpoint import Model
+from paredown.core.compression import InMemory, Job, stream_for
+from paredown.core.edits import Edit
+from paredown.core.method import Compressor
+from paredown.core.sequential import Resident, Stream
+
+# Fields that make a method another one; defaults are always among them.
+FIELDS: dict[str, tuple[dict[str, Any], ...]] = {
+    "camera-p": ({}, {"form": "ragged"}),
+    "dern": ({}, {"alpha": 0.0}),
+    "llm-drop": ({}, {"part": "mlp"}, {"part": "joint"}),
+    "llm-drop-blocks": ({}, {"consecutive": True}),
+    "random-blocks": ({}, {"consecutive": True}),
+    "random-experts": ({},),
+    "random-neurons": ({}, {"form": "ragged"}),
+    "random-sublayers": ({}, {"part": "mlp"}, {"part": "joint"}),
+}
+# Families in which what an axis removes differs; an axis that is not named is tried on all decoders.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "experts": ("mixtral", "qwen2_moe", "qwen3_moe_mixed", "deepseek_v3"),
+    "depth": ("llama", "mistral", "gemma3", "gpt_neox", "phi", "qwen3_moe_mixed", "deepseek_v3"),
+}
+# Budgets that every family can meet; 0.3 of three layers takes two, 0.75 of eight experts two.
+KEEPS: dict[str, tuple[float, ...]] = {"experts": (0.5, 0.75), "depth": (0.5, 0.3)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with its fields on one family."""
+
+    name: str
+    fields: Mapping[str, Any] = field(hash=False)
+    family: str
+
+    def __str__(self) -> str:
+        words = [f"{k}={v}" for k, v in self.fields.items()]
+        return "-".join([self.name, *words, self.family])
+
+    @property
+    def keeps(self) -> tuple[float, ...]:
+        """Budgets to try."""
+        return KEEPS.get(registry.entry(self.name).axis, (0.5,))
+
+    def method(self, keep: float = 0.5) -> Compressor:
+        """Build the method."""
+        made = registry.create(self.name, keep=keep, **self.fields)
+        assert isinstance(made, Compressor)
+        return made
+
+
+def names(kind: str = "compressor") -> list[str]:
+    """Return the methods of a kind that ship with Paredown."""
+    return [entry.name for entry in registry.entries() if entry.kind == kind and entry.module.startswith("paredown.")]
+
+
+@functools.cache
+def cases() -> tuple[Case, ...]:
+    """Return every method with each of its fields on each family."""
+    found = []
+    for name in names():
+        for fields in FIELDS.get(name, ({},)):
+            for family in FAMILIES.get(registry.entry(name).axis, families.DECODERS):
+                case = Case(name, fields, family)
+                if any(case.method().applies(block) for block in anatomy(family).language.blocks):
+                    found.append(case)
+    return tuple(found)
+
+
+def one_family_each() -> tuple[Case, ...]:
+    """Return one case for each method and fields, on the family that asks most of it."""
+    chosen: dict[tuple[str, str], Case] = {}
+    for case in cases():
+        chosen[case.name, str(dict(case.fields))] = case
+    return tuple(chosen.values())
+
+
+@functools.cache
+def _built(family: str) -> Any:
+    return families.FAMILIES[family]()
+
+
+@functools.cache
+def anatomy(family: str) -> Anatomy:
+    """Return the anatomy of a family's untouched model."""
+    return anatomies.find(_built(family))
+
+
+def model(family: str) -> Model:
+    """Return a fresh copy of a family's model."""
+    return Model.of(deepcopy(_built(family)))
+
+
+def batch(rows: int = 6, length: int = 12, seed: int = 1) -> Batch:
+    """Return calibration tokens."""
+    ids = torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return Batch(ids, None, "random", "", seed, rows)
+
+
+def of(ids: Tensor, mask: Tensor | None) -> Batch:
+    """Return a batch of these tokens."""
+    return Batch(ids, mask, "given", "", 0, len(ids))
+
+
+def scores(
+    method: Compressor, found: Model, data: Batch | None, *, seed: int = 0, stream: Stream | None = None
+) -> tuple[dict[int, dict[str, Tensor]], list[Edit]]:
+    """Compress in memory and return every layer's scores and the edits."""
+    keeper = InMemory()
+    flow = stream if stream is not None else stream_for(method, found, data)
+    outcome = Job(method, Resident(found), flow, None, keeper, seed).run()
+    return keeper.known_scores, outcome.edits
+
+
+def rows_apart(rows: Sequence[Tensor], *, lookback: int) -> Stream:
+    """Return a stream in which each row runs alone, with its own length and no padding."""
+    stream = Stream("calibration", rows[0][None], batch_size=1, lookback=lookback)
+    stream.ids = tuple(row[None] for row in rows)
+    stream.masks = (None,) * len(rows)
+    stream.past = [deque(maxlen=lookback) for _ in rows]
+    return stream
+
+
+# Units are counted three times: what the budget allows, what the edits say, what the weights show.
+
+
+def removed(n: int, keep: float) -> int:
+    """Return how many of ``n`` go, by the rule in the documentation: floor(n * (1 - keep)), the decimal as typed."""
+    return math.floor(n * (1 - Fraction(str(keep))))
+
+
+def expected(method: Compressor, blocks: Sequence[Block]) -> dict[str, int]:
+    """Return how many units stay, by pool: a layer, or all."""
+    keep = method.keep
+    if method.unit == "experts":
+        return {str(b.index): b.experts.count - removed(b.experts.count, keep) for b in blocks if b.experts}
+    if method.unit == "expert neurons":
+        return {str(b.index): _neurons_that_stay(method, b) for b in blocks if b.experts}
+    if method.unit == "blocks":
+        return {"all": len(blocks) - removed(len(blocks), keep)}
+    if method.unit == "sub-layers":
+        n = sum(map(len, _sublayers(method, blocks).values()))
+        return {"all": n - removed(n, keep)}
+    raise AssertionError(f"teach matrix.py how a budget of {method.unit} is met, and how to count them")
+
+
+def _neurons_that_stay(method: Any, block: Block) -> int:
+    part = block.experts
+    assert part is not None
+    shared = part.shared.width if part.shared is not None else 0
+    if method.form == "ragged":
+        n = part.count * part.width + shared
+        return n - removed(n, method.keep)
+    gone = removed(part.width, method.keep)
+    # DeepSeek's config knows the shared width as a multiple of the experts' only.
+    tied = block.experts is not None and part.shared is not None and part.shared.width_key == "n_shared_experts"
+    gone_shared = gone * (shared // part.width) if tied else removed(shared, method.keep)
+    return part.count * (part.width - gone) + shared - gone_shared
+
+
+def _sublayers(method: Any, blocks: Sequence[Block]) -> dict[int, dict[str, str]]:
+    """Return the path of each sub-layer that may go, by layer and kind."""
+    found: dict[int, dict[str, str]] = {}
+    for block in blocks:
+        dense = block.mlp or block.experts
+        parts = {"attention": block.attention.path if block.attention else None, "mlp": dense.path if dense else None}
+        found[block.index] = {
+            kind: f"{block.path}.{path}." for kind, path in parts.items() if path and method.part in (kind, "joint")
+        }
+    return found
+
+
+def in_edits(method: Compressor, blocks: Sequence[Block], edits: Sequence[Any]) -> dict[str, int]:
+    """Count the units that stay, by what the edits say."""
+    if method.unit == "experts":
+        counts = {str(b.index): b.experts.count for b in blocks if b.experts}
+        return counts | {str(e.layer): len(set(e.keep)) for e in edits}
+    if method.unit == "expert neurons":
+        counts = {}
+        for block in blocks:
+            if block.experts is not None:
+                shared = block.experts.shared.width if block.experts.shared is not None else 0
+                counts[str(block.index)] = block.experts.count * block.experts.width + shared
+                for e in edits:
+                    if e.layer == block.index:
+                        beside = shared if e.shared is None else len(set(e.shared))
+                        counts[str(block.index)] = sum(len(set(kept)) for kept in e.keep) + beside
+        return counts
+    before = len(blocks) if method.unit == "blocks" else sum(map(len, _sublayers(method, blocks).values()))
+    return {"all": before - len({(e.layer, getattr(e, "part", "")) for e in edits})}
+
+
+def in_weights(method: Compressor, blocks: Sequence[Block], state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Count the units that stay, by the weights' names and shapes; ``blocks`` are those before."""
+    stack = blocks[0].path.rpartition(".")[0]
+    if method.unit == "blocks":
+        return {"all": len({name.removeprefix(f"{stack}.").split(".")[0] for name in state if name.startswith(stack)})}
+    if method.unit == "sub-layers":
+        paths = [path for kinds in _sublayers(method, blocks).values() for path in kinds.values()]
+        return {"all": sum(any(name.startswith(path) for name in state) for path in paths)}
+    counts = {}
+    for block in blocks:
+        part = block.experts
+        if part is None:
+            continue
+        experts = f"{block.path}.{part.experts}."
+        router = state[f"{block.path}.{part.router}.weight"]
+        if method.unit == "experts":
+            count = len(router)
+            assert state[experts + "gate_up_proj"].shape[0] == count
+            assert state[experts + "down_proj"].shape[0] == count
+            counts[str(block.index)] = count
+            continue
+        if experts + "down_flat" in state:
+            counts[str(block.index)] = len(state[experts + "down_flat"])
+            assert len(state[experts + "gate_up_flat"]) == 2 * counts[str(block.index)]
+        else:
+            gate_up, down = state[experts + "gate_up_proj"], state[experts + "down_proj"]
+            assert gate_up.shape[:2] == (down.shape[0], 2 * down.shape[2])
+            counts[str(block.index)] = down.shape[0] * down.shape[2]
+        if part.shared is not None:
+            counts[str(block.index)] += state[f"{block.path}.{part.shared.down}.weight"].shape[1]
+    return counts
