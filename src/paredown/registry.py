@@ -98,7 +98,7 @@ def get(name: str) -> type[Method]:
     return next(cls for cls in method.registered() if cls.name == name)
 
 
-def create(name: str, **fields: Any) -> Method:
+def create(name: str, /, **fields: Any) -> Method:
     """Build a method from its fields; unknown or illegal ones are told in one sentence.
 
     Raises

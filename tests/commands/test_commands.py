@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -199,12 +200,18 @@ def test_scan_measures_each_layer(paredown, checkpoint, texts):
     assert paredown("scan", checkpoint, "--data", texts, "--json").json
 
 
-def test_compare_holds_methods_against_random(paredown, checkpoint, texts):
+def test_compare_holds_methods_against_random(paredown, checkpoint, texts, tmp_path):
+    out = tmp_path / "compared"
     words = ("compare", checkpoint, "--methods", "dern,random", "--keep", "0.5", "--seeds", "2", "--data", texts)
-    said = paredown(*words)
+    said = paredown(*words, "--set", "dern.alpha=0.5", "--metric", "kl", "--out", out)
     assert said.code == 0, said.err
     assert "dern" in said.out
     assert "random-experts" in said.out
-    record = paredown(*words, "--json").json
+    record = json.loads((out / "comparison.json").read_text())
     assert {row["method"] for row in record["rows"]} == {"dern", "random-experts"}
-    assert record["seeds"] == [0, 1]
+    assert (record["seeds"], record["metric"]) == ([0, 1], "kl")
+    assert {cell["fields"].get("alpha") for cell in record["cells"]} == {0.5, None}
+    assert "| dern" in (out / "comparison.md").read_text()
+    assert "<svg" in (out / "comparison.svg").read_text()
+    again = paredown(*words, "--set", "dern.alpha=0.5", "--metric", "kl", "--out", out, "--json")
+    assert again.json["cells"] == record["cells"], "finished cells are taken from the journal, times included"

@@ -48,3 +48,17 @@ def test_recipes_are_told_from_models_by_suffix():
     assert options.is_recipe("folder/steps.yml")
     assert not options.is_recipe("testbed:moe")
     assert not options.is_recipe("org/model.v1")
+
+
+def test_fields_of_several_methods():
+    given = ["dern.alpha=0.4", "camera-p.form=ragged", "dern.iterations=3"]
+    assert options.fields_by_method(given) == {"dern": {"alpha": 0.4, "iterations": 3}, "camera-p": {"form": "ragged"}}
+    assert options.fields_by_method(None) == {}
+    with pytest.raises(UsageError, match="names no method"):
+        options.fields_by_method(["alpha=0.4"])
+
+
+def test_metrics():
+    assert (options.metric("ppl"), options.metric("kl")) == ("ppl", "kl")
+    with pytest.raises(UsageError, match="neither"):
+        options.metric("accuracy")

@@ -43,7 +43,7 @@ FIELDS: dict[str, tuple[dict[str, Any], ...]] = {
 # Families in which what an axis removes differs; an axis that is not named is tried on all decoders.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "experts": ("mixtral", "qwen2_moe", "qwen3_moe_mixed", "deepseek_v3"),
-    "depth": ("llama", "mistral", "gemma3", "gpt_neox", "phi", "qwen3_moe_mixed", "deepseek_v3"),
+    "depth": ("llama", "gemma3", "gpt_neox", "phi", "qwen3_moe_mixed", "deepseek_v3"),
 }
 # Budgets that every family can meet; 0.3 of three layers takes two, 0.75 of eight experts two.
 KEEPS: dict[str, tuple[float, ...]] = {"experts": (0.5, 0.75), "depth": (0.5, 0.3)}
@@ -175,7 +175,9 @@ def _neurons_that_stay(method: Any, block: Block) -> int:
     if method.form == "ragged":
         n = part.count * part.width + shared
         return n - removed(n, method.keep)
-    gone = removed(part.width, method.keep)
+    # Transformers' grouped matrix products need rows of whole 16 bytes: four numbers of fp32.
+    stay = part.width - removed(part.width, method.keep)
+    gone = part.width - min(part.width, math.ceil(stay / 4) * 4)
     # DeepSeek's config knows the shared width as a multiple of the experts' only.
     tied = block.experts is not None and part.shared is not None and part.shared.width_key == "n_shared_experts"
     gone_shared = gone * (shared // part.width) if tied else removed(shared, method.keep)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +159,15 @@ def test_the_same_run_gives_the_same_bytes(case, tmp_path):
     assert {"config.json", "model.safetensors"} <= digests[0].keys()
 
 
-class Interrupted(Exception):
+class KilledError(Exception):
     """What kills a run in the tests."""
 
 
 @once
-def test_from_disk_it_is_the_same_as_in_memory(case, tmp_path):
+def test_from_disk_it_is_the_same_as_in_memory(case, tmp_path, monkeypatch):
+    # What survives a power cut is not looked at here, nor how much memory is held; both cost most of the time.
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
     source = tmp_path / "source"
     matrix.model(case.family).save(source)
     # Both start from the file, so that alignment in memory is the only difference.
@@ -180,13 +185,13 @@ def test_from_disk_it_is_the_same_as_in_memory(case, tmp_path):
     for name, tensor in blocks.items():
         assert torch.equal(tensor, known[name]), name
 
-    # Killed at each second block and begun again, it ends the same.
+    # Killed twice and begun again, it ends the same.
     resumed, again = None, {}
-    for stop in (1, 3, 5, None):
+    for stop in (1, 4, None):
         try:
             resumed, again = _from_disk(case, source, tmp_path / "resumed", stop=stop)
             break
-        except Interrupted:
+        except KilledError:
             continue
     assert resumed == outcome.edits
     assert again.keys() == blocks.keys()
@@ -203,7 +208,7 @@ def _from_disk(
 
     def progress(done: int, total: int, text: str) -> None:
         if stop is not None and done >= stop:
-            raise Interrupted
+            raise KilledError
 
     method = case.method()
     stream = stream_for(method, skeleton.model, matrix.batch())

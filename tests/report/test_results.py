@@ -8,7 +8,6 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from rich.console import Console
 
-from paredown.errors import OutputError
 from paredown.report import results, words
 from paredown.workflow.measured import Cell, CompareRecord, EvalRecord, Memory, Ratio, Row, Side, Timing
 from paredown.workflow.record import Interval, Score, Size
@@ -139,7 +138,11 @@ def test_an_evaluation_in_a_pipe_is_one_fact_a_line():
     assert found["on disk"] == f"5.72 MiB; against: 11.4 MiB; 0.50{words.TIMES}"
     assert found["peak memory"].startswith("500 MiB; against: 500 MiB")
     assert found["decode (64 tokens)"].endswith(f"0.52{words.TIMES} the time (0.48 to 0.61)")
-    assert found["note"] == "Rows were shortened."
+    assert [line for line in lines if line.startswith("note: ")] == [
+        "note: Quality: 64 rows of 512 tokens of stories.jsonl, float32, 95 % intervals over rows or questions; "
+        "memory: what it includes.",
+        "note: Rows were shortened.",
+    ]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -214,16 +217,6 @@ def test_the_drawing_is_svg_and_the_same_each_time():
     for part in ("dern", "random-experts", "original", "share kept", "perplexity"):
         assert f">{part}<" in text
     assert "KL to the original" in results.svg(record.model_copy(update={"metric": "kl"}))
-
-
-def test_a_comparison_is_written_whole(tmp_path):
-    record = compared()
-    paths = results.write(record, tmp_path / "deep" / "out")
-    assert [path.name for path in paths] == ["comparison.json", "comparison.md", "comparison.svg"]
-    assert CompareRecord.model_validate_json(paths[0].read_text(encoding="utf-8")) == record
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
-        results.write(record, tmp_path / "file")
 
 
 def test_what_is_infinite_is_shown_as_that():

@@ -102,3 +102,16 @@ def test_help_of_every_command_is_in_the_page(docs):
 
 def test_committed_pages_are_current(docs):
     assert docs.stale() == []
+
+
+def test_the_recipe_in_the_docs_is_legal():
+    import yaml
+
+    from paredown.workflow import recipe
+
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    block = text.split("```yaml\n")[1].split("```")[0]
+    made = recipe.check(yaml.safe_load(block))
+    assert [step.method for step in made.steps] == ["dern", "llm-drop"]
+    for key in [*recipe.Recipe.model_fields, *(f"data.{name}" for name in recipe.Data.model_fields)]:
+        assert key == "data" or f"`{key}`" in text, key

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# pytest's importlib mode knows no siblings: warm.py, tiny.py and plants.py lie here, the zoo beside the core's tests.
+for _folder in (Path(__file__).parent, Path(__file__).parents[1] / "core"):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
 
 WORDS = [f"w{i}" for i in range(60)]
 VOCABULARY = 64
@@ -76,3 +82,24 @@ def text_file(tmp_path_factory) -> Path:
     lines = [json.dumps({"text": " ".join(rng.choices(WORDS, k=40))}) for _ in range(300)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[object]:
+    """A process that has imported everything and runs the command line in forks of itself."""
+    from warm import Warm
+
+    process = Warm()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def moe_folder(tmp_path_factory) -> Path:
+    """A tiny random Qwen3-MoE with a dense layer between sparse ones, and a tokenizer. To be read only."""
+    import families
+
+    folder = tmp_path_factory.mktemp("moe") / "tiny-moe"
+    families.qwen3_moe_mixed().save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder

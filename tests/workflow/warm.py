@@ -4,8 +4,8 @@ Importing torch and transformers takes seconds; a fork of a process that has the
 process that does the real run, and it dies by a real SIGKILL: from outside after a time, or at its n-th change of the
 file system, so that every rename and removal of assembling and publishing can be hit for certain.
 
-Two things differ from the shell: the fresh process of the proof is a fork too (with Paredown taken out of it), and speed
-is not measured.
+Three things differ from the shell: the fresh process of the proof is a fork too (with Paredown taken out of it), speed
+is not measured, and nothing is rehearsed.
 
 Run as a script it serves requests, one JSON object a line; :class:`Warm` is the other end.
 """
@@ -105,7 +105,7 @@ def _count(under: str, die_at: int | None, note: Path) -> None:
         nonlocal seen
         if event == "open":
             path, mode, flags = arguments
-            writes = bool(flags & (os.O_WRONLY | os.O_RDWR)) if isinstance(flags, int) else "r" != mode
+            writes = bool(flags & (os.O_WRONLY | os.O_RDWR)) if isinstance(flags, int) else mode != "r"
             if not writes:
                 return
         elif event in _WRITES:
@@ -138,11 +138,12 @@ def _prove_in_a_fork(folder: Path, reference: Path, loader: str, rows: int, devi
     words = [str(folder), str(reference), loader, str(torch.get_num_threads()), str(rows), device]
 
     def child() -> None:
+        os.closerange(3, 256)  # as exec would: the journal's lock is not for this process
         sys.argv = ["-c", *words]
         if loader == "transformers":
             for name in [n for n in sys.modules if n.split(".")[0] == "paredown"]:
                 del sys.modules[name]
-        exec(compile(code, "<proof>", "exec"), {"__name__": "__main__"})  # noqa: S102
+        exec(compile(code, "<proof>", "exec"), {"__name__": "__main__"})
 
     code_, out, err = _fork(child)
     if code_:
@@ -192,12 +193,11 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
-    import paredown.workflow.plan
-    import paredown.workflow.run
     from paredown.commands import main
-    from paredown.workflow import measure, proof
+    from paredown.workflow import estimate, measure, proof
 
     proof._in_fresh_process = _prove_in_a_fork
+    estimate.rehearse = lambda *_: estimate.Forecast(0, 0.0, [])
     measure.speeds = lambda *_, **__: (None, None)
     # What is frozen is not looked at by the collector: gc.collect() of a child takes no time and copies no pages.
     gc.collect()

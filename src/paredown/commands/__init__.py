@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         advice = "" if debug else "; run again with --debug to see where, and please report it"
         return _fail(f"internal error ({_one_line(reason)}){advice}", 1, debug)
+    if code == INTERRUPTED:  # some releases of typer catch the interrupt themselves
+        return _fail(_interrupted(words), INTERRUPTED, debug)
     return code if isinstance(code, int) else 0
 
 

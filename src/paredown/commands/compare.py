@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,10 +11,31 @@ from paredown.commands import options
 
 Methods = Annotated[
     str,
-    typer.Option("--methods", metavar="A,B", help="Methods; `random` stands for the fitting control."),
+    typer.Option(
+        "--methods", metavar="A,B", help="Methods; `random` adds the control of each unit.", show_default=False
+    ),
 ]
 Keeps = Annotated[str, typer.Option("--keep", "-k", metavar="K1,K2", help="Shares that stay.")]
 Seeds = Annotated[int, typer.Option("--seeds", metavar="N", help="Repeat with N calibration samples and seeds.", min=1)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="METHOD.FIELD=VALUE", help="Set a field of one method; may be repeated.", show_default=False
+    ),
+]
+Metric = Annotated[
+    str, typer.Option("--metric", metavar="ppl|kl", help="What is compared with random: perplexity or divergence.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="Also write table, plot and JSON into this folder; the same command goes on there when it was killed.",
+        show_default=False,
+    ),
+]
 
 
 def command(
@@ -21,19 +43,36 @@ def command(
     methods: Methods,
     keep: Keeps = "0.75,0.5",
     seeds: Seeds = 5,
+    settings: Set = None,
+    metric: Metric = "ppl",
     data: options.Data = None,
+    out: Out = None,
     as_json: options.Json = False,
 ) -> None:
     """Run methods on the same work and show differences to random, paired, with intervals."""
     wanted, keeps = options.names("--methods", methods), options.numbers("--keep", keep)
-    from paredown.commands.output import console, emit
+    chosen = options.metric(metric)
+    fields = options.fields_by_method(settings)
+
+    from paredown.commands.output import console, document, emit, notes, say, write
     from paredown.commands.progress import progress
-    from paredown.report.results import comparison
+    from paredown.report import results
     from paredown.workflow.compare import compare
 
+    journal = None if out is None else out / "cells.jsonl"
     with progress() as report:
-        record = compare(model, wanted, keeps, seeds=seeds, data=data, progress=report)
+        record = compare(
+            model, wanted, keeps, seeds, data, metric=chosen, fields=fields, journal=journal, progress=report
+        )
+    if out is not None:
+        texts = {
+            "comparison.md": results.markdown(record),
+            "comparison.svg": results.svg(record),
+            "comparison.json": document(record),
+        }
+        write(out, texts)
+        say(notes(), f"written: {', '.join(str(out / name) for name in texts)}")
     if as_json:
         emit(record)
     else:
-        comparison(record, console())
+        results.comparison(record, console())

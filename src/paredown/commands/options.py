@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -75,6 +75,38 @@ def fields(settings: Sequence[str] | None) -> dict[str, Any]:
             raise UsageError(f"--set {name} is given twice; give it once.")
         found[name] = _value(value.strip())
     return found
+
+
+def fields_by_method(settings: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Read ``method.field=value`` pairs, method by method.
+
+    Raises
+    ------
+    UsageError
+        If a pair names no method.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in fields(settings).items():
+        method, dot, name = key.partition(".")
+        if not (method and dot and name):
+            raise UsageError(f"--set {key} names no method; write --set method.field=value.")
+        found.setdefault(method, {})[name] = value
+    return found
+
+
+def metric(text: str) -> Literal["ppl", "kl"]:
+    """Read the name of a metric.
+
+    Raises
+    ------
+    UsageError
+        If there is no such metric.
+    """
+    if text == "ppl":
+        return "ppl"
+    if text == "kl":
+        return "kl"
+    raise UsageError(f"--metric {text} is neither ppl nor kl.")
 
 
 def names(option: str, text: str) -> list[str]:

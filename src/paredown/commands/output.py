@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
+
+from paredown.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,11 +25,15 @@ def console() -> Console:
     return Console(file=sys.stdout, highlight=False)
 
 
+@functools.cache
 def notes() -> Console:
-    """Return the console for what is not a result: standard error."""
+    """Return the console for what is not a result: standard error.
+
+    There is one, so that what is printed while bars are drawn goes above them.
+    """
     from rich.console import Console
 
-    return Console(file=sys.stderr, highlight=False)
+    return Console(stderr=True, highlight=False)
 
 
 def table(out: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -60,9 +68,29 @@ def say(out: Console, text: str = "") -> None:
 
 def emit(value: object) -> None:
     """Write ``value`` (records, dataclasses, lists of them) as one JSON document; what is not finite becomes null."""
-    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(document(value))
     sys.stdout.flush()
+
+
+def document(value: object) -> str:
+    """Return what :func:`emit` writes."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files into a folder, which is made if it does not exist.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written ({error.strerror}); choose another --out.") from None
 
 
 def _plain(value: object) -> Any:

@@ -24,10 +24,12 @@ def command(
     recipe = recipe_for(target, method=method, keep=keep, settings=settings, data=data, seed=seed)
 
     from paredown.commands.output import console, emit
+    from paredown.commands.progress import progress
     from paredown.report import planned as table
     from paredown.workflow.plan import plan
 
-    planned = plan(recipe)
+    with progress() as report:
+        planned = plan(recipe, progress=report)
     if as_json:
         emit(planned)
     else:

@@ -108,9 +108,9 @@ def progress(stream: TextIO | None = None) -> Iterator[Progress]:
     stream
         Where to write; standard error by default.
     """
-    stream = stream or sys.stderr
-    if not stream.isatty():
-        lines = Lines(stream)
+    target = stream or sys.stderr
+    if not target.isatty():
+        lines = Lines(target)
         yield lines
         lines.finish()
         return
@@ -118,6 +118,9 @@ def progress(stream: TextIO | None = None) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
+    from paredown.commands.output import notes
+
+    console = notes() if stream is None else Console(file=stream)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -126,7 +129,7 @@ def progress(stream: TextIO | None = None) -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(file=stream)) as drawn:
+    with RichProgress(*columns, console=console) as drawn:
         bars = Bars(drawn)
         yield bars
         bars.finish()

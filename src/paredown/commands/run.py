@@ -51,10 +51,11 @@ def command(
     from paredown.commands.output import console, notes
     from paredown.commands.progress import progress
     from paredown.report import planned, text
-    from paredown.workflow.plan import plan
     from paredown.workflow.run import run
 
-    planned.plan(plan(recipe), notes())
+    # The plan is told by the run, once it knows that folder, model and data will do.
     with progress() as report:
-        record = run(recipe, out, resume=resume, force=force, progress=report)
+        record = run(
+            recipe, out, resume=resume, force=force, progress=report, tell=lambda steps: planned.plan(steps, notes())
+        )
     text.summary(record, console())

@@ -16,6 +16,7 @@ from paredown.core.anatomy import Block
 from paredown.core.edits import DropSublayer, Edit, KeepExpertNeurons, KeepExperts, KeepHeads, KeepNeurons
 from paredown.core.method import View
 from paredown.core.ragged import expert_weights
+from paredown.core.tensors import CHUNK
 from paredown.errors import ProofError
 
 Checksums = dict[str, list[Tensor]]
@@ -53,7 +54,7 @@ def check(before: Checksums, after: View, edits: Sequence[Edit]) -> None:
 
 def digests(module: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
     """Return shape and checksum of every parameter, to see afterwards which were changed."""
-    return {n: (tuple(p.shape), int(_bits(p.detach()).sum())) for n, p in module.named_parameters()}
+    return {n: (tuple(p.shape), _checksum(p.detach())) for n, p in module.named_parameters()}
 
 
 def touched(before: dict[str, tuple[tuple[int, ...], int]], after: dict[str, tuple[tuple[int, ...], int]]) -> int:
@@ -63,6 +64,11 @@ def touched(before: dict[str, tuple[tuple[int, ...], int]], after: dict[str, tup
         if after.get(name) != (shape, checksum):
             total += torch.Size(shape).numel()
     return total
+
+
+def _checksum(tensor: Tensor) -> int:
+    # In pieces, for the bits of each are widened to 64.
+    return sum(int(_bits(part).sum()) for part in torch.split(tensor.reshape(-1), CHUNK))
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -86,11 +92,9 @@ def _units(view: View, edit: Edit) -> list[Tensor]:
         assert part.experts is not None
         experts, router = view.child(part.experts.experts), view.child(part.experts.router)
         # A weight for each term, so that two errors cannot cancel out.
-        return [
-            _bits(experts.gate_up_proj).sum((1, 2))
-            + 3 * _bits(experts.down_proj).sum((1, 2))
-            + 5 * _bits(router.weight).sum(1)
-        ]
+        pairs = zip(experts.gate_up_proj, experts.down_proj, strict=True)
+        sums = torch.stack([_bits(up).sum() + 3 * _bits(down).sum() for up, down in pairs])
+        return [sums + 5 * _bits(router.weight).sum(1)]
     if isinstance(edit, KeepExpertNeurons):
         assert part.experts is not None
         found = _expert_neurons(view.child(part.experts.experts), part.experts.count)

@@ -23,9 +23,9 @@ def removed(n: int, keep: float) -> int:
     return math.floor(n * (1 - Fraction(repr(float(keep)))))
 
 
-def kept(n: int, keep: float) -> int:
-    """Return how many of ``n`` units stay."""
-    return n - removed(n, keep)
+def kept(n: int, keep: float, *, step: int = 1) -> int:
+    """Return how many of ``n`` units stay: a multiple of ``step``, never fewer than the share; or all."""
+    return min(n, -(-(n - removed(n, keep)) // step) * step)
 
 
 def top(scores: Tensor, count: int) -> tuple[int, ...]:

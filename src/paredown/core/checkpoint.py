@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -36,7 +38,10 @@ from paredown.core import anatomy as anatomy_module
 from paredown.core import files, layered
 from paredown.core.anatomy import Anatomy
 from paredown.core.resources import release_memory
+from paredown.core.tensors import DTYPES, OnFile, check_finite
 from paredown.errors import ArchitectureError, CheckpointError
+
+_GENERATION = "generation_config.json"
 
 
 @dataclass
@@ -100,7 +105,7 @@ def load(ref: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "c
             hf, report = cls.from_pretrained(
                 folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
             )
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"the weights of {folder} do not fit its config ({_first_line(error)}); copy the checkpoint again or "
                 "mend config.json."
@@ -137,16 +142,8 @@ class Skeleton:
     def fill(self, prefixes: tuple[str, ...], *, without: tuple[str, ...] = (), device: str = "cpu") -> None:
         """Read from disk the weights below ``prefixes`` but not below ``without``, checking that they are numbers."""
         wanted = [n for n, place in self.places.items() if below(place, prefixes) and not below(place, without)]
-        state: dict[str, Tensor] = {}
-        by_file: dict[Path, list[str]] = {}
-        for name in wanted:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        for file, names in by_file.items():
-            with safe_open(file, framework="pt") as source:
-                for name in names:
-                    # A copy, so that no page of the mapped file stays resident when the file is closed.
-                    state[name] = source.get_tensor(name).clone()
-                    check_finite(self.folder, name, state[name])
+        # Read tensor by tensor while they are renamed and fused, so that no block is held twice.
+        state = {name: OnFile(self.folder, name, self.tensors[name]) for name in wanted}
         report = self._convert(state, device)
         absent = {k for k in report.missing_keys if below(k, prefixes) and not below(k, without)}
         _check_loading(self.folder, absent - self._tied(), report.mismatched_keys)
@@ -174,12 +171,12 @@ class Skeleton:
     def _tied(self) -> set[str]:
         return set(getattr(self.hf, "all_tied_weights_keys", {}) or {})
 
-    def _convert(self, state: dict[str, Tensor], device: str) -> Any:
+    def _convert(self, state: Mapping[str, Any], device: str) -> Any:
         config = LoadStateDictConfig(
             weight_mapping=self.mapping, device_map={"": device}, dtype=self.dtype, dtype_plan={}
         )
-        with quiet():
-            report, _ = convert_and_load_state_dict_in_model(self.hf, state, config)
+        with quiet(), _one_by_one():
+            report, _ = convert_and_load_state_dict_in_model(self.hf, dict(state), config)
         if report.conversion_errors or report.error_msgs:
             first = next(iter(report.conversion_errors or report.error_msgs))
             raise CheckpointError(f"the weights of {self.folder} cannot be fused as its config asks ({first}).")
@@ -197,6 +194,7 @@ def skeleton(ref: str | Path) -> Skeleton:
     folder = files.locate(ref)
     config = read_config(folder)
     cls = model_class(config, folder)
+    _check_generation(folder)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     with quiet(), layered.layered(config):
         try:
@@ -207,7 +205,7 @@ def skeleton(ref: str | Path) -> Skeleton:
                     hf = cls(config)
                 finally:
                     torch.set_default_dtype(previous)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder / 'config.json'} does not describe a model that can be built ({_first_line(error)}); "
                 "mend it or copy it again."
@@ -220,6 +218,7 @@ def skeleton(ref: str | Path) -> Skeleton:
     found = Skeleton(model, tensors, {}, get_model_conversion_mapping(hf), dtype, ())
     _place(found)
     _check_layout(found)
+    _check_ties(found)
     return found
 
 
@@ -251,8 +250,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 def model_class(config: PreTrainedConfig, folder: Path) -> type[PreTrainedModel]:
     """Return the transformers class that the config names."""
-    for name in config.architectures or ():
-        cls = getattr(transformers, name, None)
+    named = config.architectures if isinstance(config.architectures, list) else []
+    for name in named:
+        cls = getattr(transformers, str(name), None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return cls
     with contextlib.suppress(KeyError):
@@ -288,32 +288,31 @@ def read_processor(folder: Path) -> Any:
 
 
 def save_config(model: Model, config: PreTrainedConfig, out: Path) -> None:
-    """Write config and generation config as ``save_pretrained`` would."""
+    """Write the config as ``save_pretrained`` would, and the generation config that the model came with."""
     config = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
     config.architectures = [type(model.hf).__name__]
     config.save_pretrained(out)
     generation = getattr(model.hf, "generation_config", None)
-    if model.folder is not None and (model.folder / "generation_config.json").exists():
-        generation = GenerationConfig.from_pretrained(model.folder)
-    if generation is not None:
+    if model.folder is not None and (model.folder / _GENERATION).exists():
+        # As it is: many that are in use would be refused by save_pretrained, which is stricter than loading.
+        shutil.copyfile(model.folder / _GENERATION, out / _GENERATION)
+    elif generation is not None:
         generation.save_pretrained(out)
 
 
-def check_finite(folder: Path, name: str, tensor: Tensor) -> None:
-    """Refuse weights that are not numbers.
-
-    Raises
-    ------
-    CheckpointError
-        Naming the tensor.
-    """
-    # The sum is not finite as soon as one element is not; only an overflow needs the second, dearer look.
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-        bad = int((~torch.isfinite(tensor.float())).sum())
-        if bad:
-            raise CheckpointError(
-                f"{name} in {folder} holds {bad} values that are not finite numbers; copy the checkpoint again."
-            )
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Keep transformers' loader from reading ahead in threads: what waits to be fused would fill the memory."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager
@@ -342,13 +341,8 @@ def _real_buffers(hf: PreTrainedModel) -> None:
     for path in sorted(owners):
         owner = hf.get_submodule(path)
         real = {n: b for n, b in owner._buffers.items() if b is not None and b.device.type != "meta"}
-        meta = {n: p for n, p in owner._parameters.items() if p is not None and p.device.type == "meta"}
-        # Initialisation must not stumble over parameters that have no storage.
-        owner._parameters.update(dict.fromkeys(meta))
-        try:
-            _owner_model(hf, path)._init_weights(owner)
-        finally:
-            owner._parameters.update(meta)
+        # What initialisation does to parameters is lost on the meta device: only the buffers become real.
+        _owner_model(hf, path)._init_weights(owner)
         assert all(owner._buffers[n] is not None for n in real)
 
 
@@ -382,9 +376,8 @@ def _place(skeleton: Skeleton) -> None:
 
 def _check_layout(skeleton: Skeleton) -> None:
     """Run the whole conversion on tensors without data: shapes and names must fit, before hours are spent."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
     state = {
-        name: torch.empty(info.shape, dtype=dtypes.get(info.dtype, skeleton.dtype), device="meta")
+        name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, skeleton.dtype), device="meta")
         for name, info in skeleton.tensors.items()
         if name in skeleton.places
     }
@@ -397,6 +390,32 @@ def _check_layout(skeleton: Skeleton) -> None:
 
     absent = {k for k in report.missing_keys if not any(re.search(p, k) for p in ignored)}
     _check_loading(skeleton.folder, absent - skeleton._tied(), report.mismatched_keys)
+
+
+def _check_generation(folder: Path) -> None:
+    """Read the generation config now: a broken one must not come to light when the work is done."""
+    if not (folder / _GENERATION).exists():
+        return
+    files.read_json(folder / _GENERATION, "it was lost while it was read")
+    with quiet():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder / _GENERATION} cannot be used ({_first_line(error)}); mend it or delete it."
+            ) from None
+
+
+def _check_ties(skeleton: Skeleton) -> None:
+    """Refuse a config that ties two tensors which differ on disk: transformers would not tie them, and we must not."""
+    on_disk = {place: name for name, place in skeleton.places.items()}
+    for target, source in (getattr(skeleton.hf, "all_tied_weights_keys", None) or {}).items():
+        both = [skeleton.tensors[on_disk[name]] for name in (target, source) if name in on_disk]
+        if len(both) == 2 and not files.equal(*both):
+            raise CheckpointError(
+                f"config.json of {skeleton.folder} ties {target} to {source}, but the checkpoint holds two different "
+                "tensors; set tie_word_embeddings to false in it."
+            )
 
 
 def _check_loading(folder: Path, missing: Any, mismatched: Any) -> None:

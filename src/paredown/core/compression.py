@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from paredown.core import audit, surgery
@@ -226,7 +227,7 @@ class Job:
                 discard = self.method.propagate == "edited"
                 self.calibration.advance(view, observers, index=view.part.index, discard=discard, replay=memory)
             seen = {k: v for o in observers for k, v in o.result().items()}
-        with self._timed("score"):
+        with self._timed("score"), torch.no_grad():
             scores = self.method.score(view, seen, self.seed)
         self.keeper.look(view.part.index, scores)
         return scores

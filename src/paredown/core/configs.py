@@ -65,6 +65,9 @@ def new_config(
     _write_skips(part, which, after, overrides)
     written = {i: override for i, override in enumerate(overrides) if override}
     if written:
+        if not hasattr(part, "num_hidden_layers"):
+            # Vision configs of older transformers call it depth; `per_layer_config` counts layers by this name.
+            part.num_hidden_layers = len(after)
         part.per_layer_config = written
     return new
 
@@ -248,7 +251,9 @@ def _remap(top: PreTrainedConfig, config: PreTrainedConfig, kept: list[int], cou
             f"the last layers of this {config.model_type} model read the keys of earlier ones, so blocks cannot be"
             " removed; drop MLPs instead"
         )
-    config.num_hidden_layers = len(kept)
+    for key in ("num_hidden_layers", "depth"):
+        if hasattr(config, key):
+            setattr(config, key, len(kept))
     for key in _PER_LAYER_LISTS:
         values = vars(config).get(key)
         if isinstance(values, (list, tuple)) and len(values) == count:

@@ -24,6 +24,11 @@ class HollowLayer(DynamicLayer):  # type: ignore[misc]
         """Return the number of tokens seen."""
         return self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
 
+    def reset(self) -> None:
+        """Forget all tokens; transformers before 5.23 sets stored values to zero instead, of which there are none."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
 
 class DroppedAttention(nn.Module):
     """Attention that was removed: adds zero, keeps the cache's count of tokens at zero bytes.

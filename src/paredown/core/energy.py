@@ -10,6 +10,7 @@ from torch import Tensor
 from paredown.core.method import View
 
 
+@torch.no_grad()
 def of_experts(view: View, seen: Mapping[str, Tensor], peak_share: float) -> dict[str, Tensor]:
     """Return ``score [E, I]`` and, where there is a shared expert, ``shared [I_s]``, both fp32 on the CPU.
 

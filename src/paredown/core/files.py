@@ -71,9 +71,11 @@ def locate(ref: str | Path) -> Path:
         from paredown import testbeds
 
         folder = testbeds.path(text.removeprefix("testbed:"))
-    elif Path(text).expanduser().exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text):
-        folder = Path(text).expanduser()
-        if not folder.exists():
+    elif _exists(text) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text):
+        folder = Path(text)
+        if _exists(text):
+            folder = folder.expanduser()
+        else:
             raise ModelNotFoundError(
                 f"there is no folder {text!r}; give a local folder, a hub id like org/name, or testbed:moe."
             )
@@ -124,6 +126,14 @@ def headers(folder: Path) -> dict[str, TensorInfo]:
             if name in found:
                 raise CheckpointError(f"{folder} holds the tensor {name!r} twice; copy the checkpoint again.")
             found[name] = info
+    if not (folder / SINGLE).is_file():
+        promised = read_json(folder / INDEX, "its index was lost")["weight_map"]
+        absent = sorted(n for n, file in promised.items() if n not in found or found[n].file.name != file)
+        if absent:
+            raise CheckpointError(
+                f"{folder / INDEX} says that {absent[0]!r} is in {promised[absent[0]]}, where it is not; "
+                "copy the checkpoint again."
+            )
     if not found:
         raise CheckpointError(f"the weight files of {folder} hold no tensors; copy the checkpoint again.")
     return found
@@ -131,6 +141,8 @@ def headers(folder: Path) -> dict[str, TensorInfo]:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint, in order."""
+    if (folder / SINGLE).is_file():  # transformers, too, looks for the single file first
+        return [folder / SINGLE]
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX, "")
         weight_map = index.get("weight_map")
@@ -145,8 +157,6 @@ def weight_files(folder: Path) -> list[Path]:
                 raise CheckpointError(f"the shard {name} of {folder} is missing; copy or download it again.")
             files.append(folder / name)
         return files
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)]
     if pickles:
         raise CheckpointError(
@@ -154,6 +164,22 @@ def weight_files(folder: Path) -> list[Path]:
             "convert them to safetensors first."
         )
     raise CheckpointError(f"{folder} holds no {SINGLE}; give the folder that holds the weights.")
+
+
+def equal(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether two tensors hold the same bytes; both may be larger than memory."""
+    if (a.dtype, a.shape, a.nbytes) != (b.dtype, b.shape, b.nbytes):
+        return False
+    with a.file.open("rb") as first, b.file.open("rb") as second:
+        first.seek(a.start)
+        second.seek(b.start)
+        rest = a.nbytes
+        while rest:
+            count = min(rest, 1 << 22)
+            if first.read(count) != second.read(count):
+                return False
+            rest -= count
+    return True
 
 
 def fingerprint(folder: Path) -> str:
@@ -235,36 +261,61 @@ def _copy(source: Any, target: Any, count: int) -> None:
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 0 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{file} is cut short or not a safetensors file; copy or download it again.")
-        raw = stream.read(length)
     try:
-        entries = json.loads(raw)
-        entries.pop("__metadata__", None)
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 0 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(f"{file} is cut short or not a safetensors file; copy or download it again.")
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); see to its permissions.") from None
+    try:
+        entries = json.loads(raw, object_pairs_hook=_without_doubles)
+        if not all(isinstance(v, str) for v in entries.pop("__metadata__", {}).values()):
+            raise TypeError
         found = {
-            str(name): TensorInfo(
-                file,
-                str(e["dtype"]),
-                tuple(int(n) for n in e["shape"]),
-                8 + length + int(e["data_offsets"][0]),
-                8 + length + int(e["data_offsets"][1]),
+            name: TensorInfo(
+                file, str(e["dtype"]), tuple(map(_whole, e["shape"])), *(8 + length + _whole(o) for o in e["data_offsets"])
             )
             for name, e in entries.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise CheckpointError(f"the header of {file} is damaged; copy or download it again.") from None
-    found = dict(sorted(found.items(), key=lambda item: item[1].start))
+    found = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
+    end = 8 + length
     for name, info in found.items():
         bits = _BITS.get(info.dtype)
-        if bits is None or min(info.shape, default=0) < 0 or info.numel * bits != 8 * info.nbytes:
+        if bits is None or info.numel * bits != 8 * info.nbytes:
             raise CheckpointError(f"the header of {file} gives {name!r} a shape at odds with its size; copy it again.")
-    if max((info.end for info in found.values()), default=8 + length) != size:
+        if info.start != end:
+            raise CheckpointError(f"the header of {file} lays {name!r} over other tensors or behind a gap; copy it again.")
+        end = info.end
+    if end != size:
         raise CheckpointError(f"{file} is cut short or has bytes left over; copy or download it again.")
     return found
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is given twice")
+    return found
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _exists(text: str) -> bool:
+    """Whether there is such a path; what can be no path is not there."""
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def copy_extras(source: Path, out: Path) -> list[str]:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+KERNELS_KEPT = 64
+"""Prepared matrix products that torch's CPU library may keep.
+
+Half precision on the CPU prepares a product for each new number of rows and keeps the last 1,024 of them twice, half a
+megabyte each: with experts, whose rows differ in every batch, more than the blocks themselves. Read by the libraries
+at the first product, hence set on import; what the user has set stays.
+"""
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, str(KERNELS_KEPT))
 
 
 def reset_peak_memory() -> None:

@@ -180,11 +180,9 @@ class Stream:
     @torch.no_grad()
     def logits(self, source: Source, rows: int) -> Iterator[Tensor]:
         """Yield logits ``[rows, T, V]``, ``rows`` sequences at a time. Needs the source's ends (with head) open."""
-        hidden = torch.split(torch.cat(self.hidden), rows)
-        known = [m for m in self.masks if m is not None]
-        masks = torch.split(torch.cat(known), rows) if known else (None,) * len(hidden)
-        for part, mask in zip(hidden, masks, strict=True):
-            yield _finish(source, part, mask)
+        for start in range(0, sum(map(len, self.hidden)), rows):
+            mask = _rows(self.masks, start, rows) if self.masks[0] is not None else None
+            yield _finish(source, _rows(self.hidden, start, rows), mask)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that changes from block to block, for the journal."""
@@ -202,6 +200,16 @@ class Stream:
             while (key := f"{self.name}.{b}.past.{i}") in state:
                 self.past[b].append(state[key].to(device))
                 i += 1
+
+
+def _rows(batches: Sequence[Tensor | None], start: int, count: int) -> Tensor:
+    """Return some rows of tensors that follow one another, without joining all of them."""
+    found, first = [], 0
+    for batch in batches:
+        assert batch is not None
+        found.append(batch[max(0, start - first) : max(0, start + count - first)])
+        first += len(batch)
+    return torch.cat(found)
 
 
 class AttentionMemory:

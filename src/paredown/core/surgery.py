@@ -232,7 +232,7 @@ def _keep_expert_neurons(block: nn.Module, part: Experts, keep: Sequence[Sequenc
         return
     width = len(keep[0])
     gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    bias = getattr(experts, "gate_up_proj_bias", None)
+    bias: Any = getattr(experts, "gate_up_proj_bias", None)
     rows_in, columns_out = (
         gate_up.new_empty(part.count, 2 * width, gate_up.shape[2]),
         down.new_empty(*down.shape[:2], width),

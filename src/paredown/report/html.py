@@ -50,11 +50,12 @@ def render(record: RunRecord) -> str:
         ],
         "recipe": yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True, width=100).rstrip(),
     }
-    return _environment().get_template("report.html.j2").render(context)
+    return environment().get_template("report.html.j2").render(context)
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Return the templates' environment: everything escaped, nothing undefined passes."""
     environment = Environment(
         loader=PackageLoader("paredown.report"),
         autoescape=True,

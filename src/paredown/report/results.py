@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paredown.errors import OutputError
 from paredown.report import words
 
 if TYPE_CHECKING:
@@ -38,8 +36,8 @@ def evaluation(record: EvalRecord, console: Console) -> None:
         lines = [f"model: {words.line(record.model.model)}"]
         if record.against is not None:
             lines.append(f"against: {words.line(record.against.model)}")
-        lines += [_fact(row) for row in (*scores, *costs)] + [f"note: {words.line(note)}" for note in record.notes]
-        _plain(lines, console)
+        plain([*lines, *map(_fact, (*scores, *costs))], console)
+        _footnotes([_conditions(record), *record.notes], console)
         return
     other = words.short_name(record.against.model) if record.against is not None else None
     own = words.short_name(record.model.model)
@@ -59,12 +57,12 @@ def comparison(record: CompareRecord, console: Console) -> None:
     console
         A terminal gets a table; a pipe gets the same rows, columns apart, without frame or colour.
     """
-    rows = [(*_original(record),), *(_cells(row) for row in record.rows)]
+    rows = [_original(record), *(_cells(row) for row in record.rows)]
     if console.is_terminal:
         console.print(_table(_HEADS, rows))
     else:
         widths = [max(len(row[column]) for row in (_HEADS, *rows)) for column in range(len(_HEADS))]
-        _plain(["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in (_HEADS, *rows)], console)
+        plain(["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in (_HEADS, *rows)], console)
     _footnotes(_captions(record), console)
 
 
@@ -117,34 +115,13 @@ def svg(record: CompareRecord) -> str:
             axes.set_yscale("log")
         axes.set_xlabel("share kept")
         axes.set_ylabel("perplexity" if record.metric == "ppl" else "KL to the original (nats/token)")
-        axes.set_title(
-            f"{words.short_name(record.model)}: mean and 95 % interval, {len(record.seeds)} seeds", fontsize=9
-        )
+        axes.set_title(f"{words.short_name(record.model)}: mean and 95 % interval, {_seeds(record)}", fontsize=9)
         axes.set_xticks(sorted({row.keep for row in record.rows}))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         text = io.StringIO()
         canvas.print_svg(text, metadata={"Date": None, "Creator": None})
     return text.getvalue()
-
-
-def write(record: CompareRecord, out: Path) -> list[Path]:
-    """Write a comparison into a folder, which is made if need be: ``comparison.json``, ``.md`` and ``.svg``.
-
-    Raises
-    ------
-    OutputError
-        If the folder cannot be written.
-    """
-    texts = {"json": record.model_dump_json(indent=1) + "\n", "md": markdown(record), "svg": svg(record)}
-    paths = [out / f"comparison.{kind}" for kind in texts]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path, text in zip(paths, texts.values(), strict=True):
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"the comparison cannot be written to {str(out)!r} ({error.strerror}).") from None
-    return paths
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -252,11 +229,15 @@ def _conditions(record: EvalRecord) -> str:
     return f"Quality: {read}, {record.dtype}, 95 % intervals over rows or questions{what}."
 
 
+def _seeds(record: CompareRecord) -> str:
+    return f"{len(record.seeds)} seed{'s' if len(record.seeds) > 1 else ''}"
+
+
 def _captions(record: CompareRecord) -> list[str]:
     data, sample = record.data, record.calibration
     what = "negative log-likelihood" if record.metric == "ppl" else "KL divergence from the original"
     return [
-        f"{words.line(record.model)}, {len(record.seeds)} seeds, {data['sequences']} held-out rows of {data['length']} "
+        f"{words.line(record.model)}, {_seeds(record)}, {data['sequences']} held-out rows of {data['length']} "
         f"tokens, calibrated on {sample['sequences']} rows of {sample['length']}, {record.dtype}; "
         f"KL and differences in nats a token, 95 % intervals over seeds and rows.",
         f"“Against random” is the paired difference in {what} to the random control of the same unit at the same "
@@ -287,7 +268,8 @@ def _fact(row: Sequence[str]) -> str:
     return f"{name}: {own}{against}{f'; {rest[1]}' if len(rest) > 1 and rest[1] else ''}"
 
 
-def _plain(lines: Sequence[str], console: Console) -> None:
+def plain(lines: Sequence[str], console: Console) -> None:
+    """Print lines literally and unwrapped, in ASCII where the pipe takes nothing else."""
     ascii_only = not (console.encoding or "").lower().startswith("utf")
     for line in lines:
         text = line.replace(words.NARROW, " ").rstrip()
@@ -300,7 +282,7 @@ def _footnotes(notes: Sequence[str], console: Console) -> None:
     from rich.text import Text
 
     if not console.is_terminal:
-        _plain([f"note: {note}" for note in notes], console)
+        plain([f"note: {words.line(note)}" for note in notes], console)
         return
     console.print()
     for note in notes:

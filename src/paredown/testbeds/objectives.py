@@ -84,7 +84,7 @@ class Recall:
         stream: Tokens,
         tokenizer: PreTrainedTokenizerFast,
         names: list[str],
-        tokens_per_step: int = 5120,
+        tokens_per_step: int = 4096,
         lengths: tuple[int, ...] = LENGTHS,
     ) -> None:
         self.stream, self.tokens_per_step, self.lengths = stream, tokens_per_step, lengths

@@ -112,6 +112,8 @@ def compare(
     dtype = evaluate.quality_dtype(dtype, device)
     original = checkpoint.load(ref, dtype=dtype, device=device)
     evaluate.check_causal(original)
+    if original.anatomy.vision is not None and data is None:
+        raise UsageError(f"compare judges by text, and the samples of {ref} are about images; pass text with --data.")
     assert original.folder is not None
     size = measure.size(original.folder)
     bytes_each = size.bytes_weights / max(1, size.parameters)
@@ -195,7 +197,10 @@ def rows(cells: Sequence[Cell], lines: Sequence[tuple[str, float, str | None]], 
                 seconds=float(np.mean([cell.seconds for cell in own])),
                 control=control,
                 difference=difference,
-                verdict=None if difference is None else intervals.verdict(difference, higher_is_better=False),
+                # One draw of the control says nothing about drawing at random.
+                verdict=None
+                if difference is None or len(own) < 2
+                else intervals.verdict(difference, higher_is_better=False),
             )
         )
     return found
@@ -281,7 +286,10 @@ def _notes(heldout: calibration.Batch, samples: Mapping[int, calibration.Batch])
         "a method without chance in it differs between seeds by its sample alone."
     ]
     if len(samples) == 1:
-        notes.append("With one seed, intervals cover other held-out rows and not other calibration samples.")
+        notes.append(
+            "With one seed, intervals cover other held-out rows and not other samples or draws, "
+            "so there is no verdict against random; take two seeds or more."
+        )
     elif first.available <= len(first):
         notes.append(
             f"The calibration data hold only {first.available} rows, so all seeds saw the same ones: "

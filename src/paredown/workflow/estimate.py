@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from paredown.core import audit, calibration, compression, surgery
 from paredown.core.anatomy import Block
-from paredown.core.checkpoint import Model, Skeleton, check_finite
+from paredown.core.checkpoint import Model, Skeleton
 from paredown.core.method import Compressor, View
 from paredown.core.resources import peak_memory, release_memory, reset_peak_memory, resident_memory
 from paredown.core.sequential import AttentionMemory, Stream, layer_config
+from paredown.core.tensors import check_finite
 from paredown.errors import DataError, ParedownError
 from paredown.workflow.recipe import Recipe
 

@@ -92,7 +92,8 @@ class Row(_Record):
     """One method at one budget, over seeds and held-out sequences.
 
     ``difference`` is paired with ``control``, in nats a token of the comparison's metric, below zero where the method
-    is better. Both are None for the controls themselves and where none was asked for.
+    is better; with its ``verdict`` it is None for the controls themselves and where none was asked for. One seed gives
+    no verdict.
     """
 
     method: str

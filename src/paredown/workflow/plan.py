@@ -49,6 +49,8 @@ def plan(recipe: Recipe, *, rehearse: bool = True, progress: Progress | None = N
         if progress is not None:
             progress(number, len(methods), f"plan: {method.name}")
         planned.append(plan_step(skeleton, method, recipe, rehearse=rehearse))
+        if progress is not None:
+            progress(number + 1, len(methods), f"plan: {method.name}")
     return planned
 
 

@@ -50,9 +50,9 @@ with torch.no_grad():
 found["shape"] = list(logits.shape)
 difference = torch.tensor(float("inf"))
 if logits.shape == known["logits"].shape:
-    difference = (logits - known["logits"]).abs().max()
+    difference = (logits - known["logits"].float()).abs().max()
 found["difference"] = float(difference) if torch.isfinite(difference) else 1e30
-found["spread"] = float(known["logits"].std())
+found["spread"] = float(known["logits"].float().std())
 found["generated"] = []
 if hasattr(model, "generate"):
     try:

@@ -11,7 +11,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,10 +27,11 @@ from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Skeleton
 from paredown.core.compression import Job, Watch, stream_for, stream_of
 from paredown.core.method import Compressor, Outcome, Progress
+from paredown.core.resources import peak_memory
 from paredown.core.sequential import OnDisk, Stream
-from paredown.errors import DataError, GateError, ParedownError
+from paredown.errors import DataError, GateError, ModelError, OutputError, ParedownError, ProofError
 from paredown.report import card, html
-from paredown.workflow import intervals, measure, plan, proof
+from paredown.workflow import intervals, journal, measure, plan, proof
 from paredown.workflow.journal import Journal, StepKeeper, write_json, write_tensors, write_text
 from paredown.workflow.recipe import GateSpec, Recipe
 from paredown.workflow.record import Gate, LayerChange, Planned, RunRecord, Score, StepRecord
@@ -49,6 +50,7 @@ def run(
     device: str = "cpu",
     speed: bool = True,
     progress: Progress | None = None,
+    tell: Callable[[list[Planned]], None] | None = None,
 ) -> RunRecord:
     """Carry out a recipe and write a checkpoint folder with its report.
 
@@ -61,6 +63,7 @@ def run(
     device : where blocks run
     speed : also measure speed and memory before and after
     progress : called as ``progress(done, total, text)``
+    tell : called with the plan before the work begins
 
     Returns
     -------
@@ -77,14 +80,25 @@ def run(
     """
     methods = plan.compressors(recipe)
     folder = files.locate(recipe.model)
+    # First of all: hours of hashing a model in vain would be no kindness.
+    journal.check_out(Path(out), force=force or resume)
     whole = _Run(recipe, methods, folder, Path(out), resume, force, device, speed, progress)
     try:
-        return whole.carry_out()
+        return whole.carry_out(tell)
     except GateError:
         raise
-    except ParedownError:
-        whole.journal.discard()
+    except ParedownError as error:
+        # A journal that was there before stays as good as it was, unless what it led to is wrong.
+        if isinstance(error, ProofError) or not whole.journal.resumed:
+            whole.journal.discard()
         raise
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or whole.journal.folder} cannot be used ({error.strerror or error}); what is done so far "
+            "is kept, so mend that and go on with --resume."
+        ) from error
+    finally:
+        whole.journal.release()
 
 
 @dataclass
@@ -110,17 +124,28 @@ class _Run:
         self.recipe, self.methods, self.folder, self.device = recipe, methods, folder, device
         self.speed, self.progress = speed, progress
         self.gate = GateSpec.parse(recipe.gate)
+        self.foretold: list[Planned] | None = None
+        skeleton = checkpoint.skeleton(folder)
+        self.heldout = self._heldout(skeleton)
+        self.calibration = self._calibration(skeleton)
         identity = {
             "recipe": recipe.identity(),
             "model": files.fingerprint(folder),
+            "calibration data": self.calibration.fingerprint if self.calibration is not None else None,
+            "held-out data": self.heldout.fingerprint if self.heldout is not None else None,
             "versions": {k: v for k, v in measure.versions().items() if k in ("torch", "transformers", "paredown")},
             "device": device,
         }
-        self.journal = Journal(out, identity, resume=resume, force=force)
+        reads = [folder, *(Path(d) for d in (recipe.data.calibration, recipe.data.heldout) if d is not None)]
+        self.journal = Journal(out, identity, resume=resume, force=force, reads=reads)
 
-    def carry_out(self) -> RunRecord:
-        heldout = self._heldout()
-        source = self.folder
+    def carry_out(self, tell: Callable[[list[Planned]], None] | None) -> RunRecord:
+        if self.journal.finished:
+            return self._tidy_up()
+        if tell is not None:
+            self.foretold = plan.plan(self.recipe, progress=self.progress)
+            tell(self.foretold)
+        heldout, source = self.heldout, self.folder
         results: list[_StepResult] = []
         for number, method in enumerate(self.methods, start=1):
             result = self._step(number, method, source, heldout)
@@ -129,7 +154,7 @@ class _Run:
         scores, gate = self._judge(len(self.methods), heldout)
         if not gate.passed:
             raise GateError(_gate_sentence(gate))
-        last = checkpoint.skeleton(source)
+        last = _reopened(source)
         shown = proof.prove(
             source,
             self.journal.folder / f"step-{len(self.methods)}" / "proof.safetensors",
@@ -143,6 +168,17 @@ class _Run:
         self._publish(record, results)
         return record
 
+    def _tidy_up(self) -> RunRecord:
+        """Return the record of a run that was killed when its result had its final name already."""
+        record = read_record(self.journal.out)
+        if str(GateSpec(kind=record.gate.kind, limit=record.gate.limit)) != str(self.gate):
+            raise OutputError(
+                f"{self.journal.out} holds the finished result of this run, judged by another gate; "
+                "run again with --force and without --resume."
+            )
+        self.journal.discard()
+        return record
+
     def _step(self, number: int, method: Compressor, source: Path, heldout: Batch | None) -> _StepResult:
         skeleton = checkpoint.skeleton(source)
         keeper = self.journal.step(number, skeleton.disk_names)
@@ -150,9 +186,9 @@ class _Run:
         if done.exists():
             record = StepRecord.model_validate_json(done.read_text(encoding="utf-8"))
             return _StepResult(record, keeper.folder / "checkpoint")
-        planned = plan.plan_step(checkpoint.skeleton(source), method, self.recipe, rehearse=True)
+        planned = self._plan(number, method, source)
         began = time.perf_counter()
-        data = self._calibration(method, skeleton)
+        data = self.calibration if "calibration-data" in method.needs else None
         calibrating = stream_for(method, skeleton.model, data)
         watch = None
         if heldout is not None:
@@ -163,8 +199,9 @@ class _Run:
         outcome = job.run()
         if watch is not None and heldout is not None:
             self._take_logits(keeper, origin, watch, heldout)
+        del job, calibrating, watch
         self._write(keeper, skeleton, outcome)
-        after = checkpoint.skeleton(keeper.folder / "checkpoint")
+        after = _reopened(keeper.folder / "checkpoint")
         record = StepRecord(
             index=number,
             method=method.name,
@@ -182,12 +219,13 @@ class _Run:
             parameters_before=total,
             parameters_after=after.model.parameters(),
             seconds=time.perf_counter() - began,
-            peak_memory_bytes=outcome.peak_memory_bytes,
+            peak_memory_bytes=max(outcome.peak_memory_bytes, peak_memory()),
             seconds_by_stage=outcome.seconds_by_stage,
             coverage=outcome.coverage,
             warnings=[*outcome.warnings, *(data.notes if data is not None else ())],
         )
-        write_json(done, record.model_dump(mode="json"))
+        # Not sorted: the card shows fields in this order, and must show the same when it is read back.
+        write_text(done, json.dumps(record.model_dump(mode="json"), indent=1))
         return _StepResult(record, keeper.folder / "checkpoint")
 
     def _write(self, keeper: StepKeeper, skeleton: Skeleton, outcome: Outcome) -> None:
@@ -198,16 +236,25 @@ class _Run:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         tower = skeleton.model.anatomy.language
-        skeleton.fill(("",), without=tuple(b.path for b in tower.blocks), device="cpu")
         tied = set(getattr(skeleton.hf, "all_tied_weights_keys", None) or ())
         blocks = tuple(b.path for b in tower.blocks)
-        state = {
-            name: t
-            for name, t in skeleton.hf.state_dict().items()
-            if name not in tied and not checkpoint.below(name, blocks)
-        }
-        write_tensors(keeper.folder / "ends.safetensors", skeleton.disk_names(state))
-        files.assemble([keeper.folder / "ends.safetensors", *keeper.parts()], aside)
+        # Embedding and head may each be larger than a block; they need not be in memory together.
+        large = tuple(p for p in (tower.embedding, tower.head) if p)
+        ends = []
+        for number, (wanted, without) in enumerate([*(((p,), ()) for p in large), (("",), (*blocks, *large))]):
+            skeleton.fill(wanted, without=without, device="cpu")
+            state = {
+                name: t
+                for name, t in skeleton.hf.state_dict().items()
+                if name not in tied and checkpoint.below(name, wanted) and not checkpoint.below(name, without)
+            }
+            if state:
+                ends.append(keeper.folder / f"ends-{number}.safetensors")
+                write_tensors(ends[-1], skeleton.disk_names(state))
+            del state
+            if wanted != ("",):
+                skeleton.empty(wanted[0])
+        files.assemble([*ends, *keeper.parts()], aside)
         config = surgery.new_config(skeleton.model.config, skeleton.model.anatomy, outcome.edits)
         checkpoint.save_config(skeleton.model, config, aside)
         files.copy_extras(skeleton.folder, aside)
@@ -257,31 +304,41 @@ class _Run:
             pairs = zip(streams[0].logits(sources[0], rows), streams[1].logits(sources[1], rows), strict=True)
             return _compare(heldout, pairs, rows)[0]
 
-    def _calibration(self, method: Compressor, skeleton: Skeleton) -> Batch | None:
-        if "calibration-data" not in method.needs:
+    def _calibration(self, skeleton: Skeleton) -> Batch | None:
+        if not any("calibration-data" in method.needs for method in self.methods):
             return None
-        texts = calibration.read(self.recipe.data.calibration, model_ref=self.recipe.model, split="calibration")
         spec = self.recipe.data
+        texts = calibration.read(spec.calibration, model_ref=self.recipe.model, split="calibration")
         return calibration.for_model(
             skeleton.model, texts, length=spec.length, sequences=spec.sequences, seed=self.recipe.seed
         )
 
-    def _heldout(self) -> Batch | None:
+    def _heldout(self, skeleton: Skeleton) -> Batch | None:
         """Return the held-out sequences; without data there can be no gate and no proof of logits."""
         spec = self.recipe.data
         try:
-            if spec.heldout:
-                texts = calibration.read(spec.heldout, model_ref=self.recipe.model, split="all")
-            else:
-                texts = calibration.read(spec.calibration, model_ref=self.recipe.model, split="heldout")
+            texts = calibration.read(
+                spec.heldout or spec.calibration,
+                model_ref=self.recipe.model,
+                split="all" if spec.heldout else "heldout",
+            )
         except DataError:
             if self.gate.kind == "none" and spec.heldout is None and spec.calibration is None:
                 return None
             raise
-        skeleton = checkpoint.skeleton(self.folder)
         return calibration.for_model(
             skeleton.model, texts, length=spec.length, sequences=spec.heldout_sequences, seed=0, what="held-out"
         )
+
+    def _plan(self, number: int, method: Compressor, source: Path) -> Planned:
+        """Plan a step behind the real result of the one before; what was rehearsed already is not rehearsed again."""
+        known = self.foretold[number - 1] if self.foretold is not None else None
+        if known is not None and number == 1:
+            return known
+        planned = plan.plan_step(checkpoint.skeleton(source), method, self.recipe, rehearse=known is None)
+        if known is None:
+            return planned
+        return planned.model_copy(update={"peak_memory_bytes": known.peak_memory_bytes, "seconds": known.seconds})
 
     def _record(
         self,
@@ -363,13 +420,21 @@ def _compare(heldout: Batch, pairs: Iterable[tuple[Tensor, Tensor]], rows: int) 
     found: dict[str, list[Tensor]] = {"before": [], "after": [], "kl": []}
     kept: list[Tensor] = []
     for ids, (before, after) in zip(torch.split(heldout.input_ids, rows), pairs, strict=True):
-        old, new = before.float().log_softmax(-1), after.float().log_softmax(-1)
-        target = ids[:, 1:].to(old.device).unsqueeze(-1)
-        found["before"].append(-old[:, :-1].gather(-1, target).squeeze(-1).cpu())
-        found["after"].append(-new[:, :-1].gather(-1, target).squeeze(-1).cpu())
-        found["kl"].append((old.exp() * (old - new)).sum(-1).mean(-1).cpu())
+        parts: dict[str, list[Tensor]] = {name: [] for name in found}
+        # A stretch of positions at a time: in full, each of half a dozen copies would be as large as the head.
+        stretch = max(1, LOGITS_AT_ONCE // 8 // (before.shape[0] * before.shape[-1]))
+        for start in range(0, before.shape[1], stretch):
+            here = slice(start, start + stretch)
+            old, new = before[:, here].float().log_softmax(-1), after[:, here].float().log_softmax(-1)
+            target = ids[:, 1:][:, here].to(old.device).unsqueeze(-1)
+            parts["before"].append(-old[:, : target.shape[1]].gather(-1, target).squeeze(-1).cpu())
+            parts["after"].append(-new[:, : target.shape[1]].gather(-1, target).squeeze(-1).cpu())
+            parts["kl"].append((old.exp() * (old - new)).sum(-1).cpu())
+        found["before"].append(torch.cat(parts["before"], 1))
+        found["after"].append(torch.cat(parts["after"], 1))
+        found["kl"].append(torch.cat(parts["kl"], 1).mean(-1))
         if sum(map(len, kept)) < PROOF_SEQUENCES:
-            kept.append(after.float().cpu())
+            kept.append(after.cpu())
     return {k: torch.cat(v) for k, v in found.items()}, torch.cat(kept)
 
 
@@ -382,6 +447,16 @@ def read_record(folder: str | Path) -> RunRecord:
         return RunRecord.model_validate_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file} is not a record of this version of Paredown ({str(error).splitlines()[0]}).") from None
+
+
+def _reopened(folder: Path) -> Skeleton:
+    """Open what was written. If it does not open, the fault is not the user's."""
+    try:
+        return checkpoint.skeleton(folder)
+    except ModelError as error:
+        raise ProofError(
+            f"the result was written but does not open again ({str(error).rstrip('.')}); it was not given its final name."
+        ) from error
 
 
 def _gate_sentence(gate: Gate) -> str:

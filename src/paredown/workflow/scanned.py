@@ -56,6 +56,13 @@ class Suggestion(_Record):
     because: str
 
 
+class Acting(_Record):
+    """A registered method that acts on what a view shows, and the unit that it removes."""
+
+    name: str
+    unit: str
+
+
 class ScanView(_Record):
     """One view of the model's redundancy.
 
@@ -85,7 +92,7 @@ class ScanView(_Record):
     title: str
     measures: str
     unit: str
-    methods: list[str]
+    methods: list[Acting]
     columns: list[Column]
     rows: list[LayerRow]
     reading: str

@@ -5,6 +5,8 @@ The same questions are put to every model, so that scores pair.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +95,10 @@ def harness(model: Model, names: Sequence[str], *, limit: int | None = None) -> 
             f"the tasks {', '.join(names)} are lm-eval's, which is not installed: pip install 'paredown[eval]'."
         ) from None
     try:
-        lm = HFLM(pretrained=model.hf, tokenizer=model.tokenizer, backend="causal", batch_size=8)
-        found = simple_evaluate(model=lm, tasks=list(names), limit=limit, log_samples=True, bootstrap_iters=0)
+        # Its bars and log lines are for its own command line; ours tells how far it is.
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            lm = HFLM(pretrained=model.hf, tokenizer=model.tokenizer, backend="causal", batch_size=8)
+            found = simple_evaluate(model=lm, tasks=list(names), limit=limit, log_samples=True, bootstrap_iters=0)
     except Exception as error:  # it passes on whatever its tasks, files and servers raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"lm-eval could not run {', '.join(names)} ({lines[0][:200].rstrip('.')}).") from error

@@ -56,7 +56,10 @@ class _MicroExperts(Compressor):
         return scores
 
     def decide(self, blocks: Sequence[Block], scores: Mapping[int, Scores]) -> list[Edit]:
-        """Remove exactly ``floor(n * (1 - keep))`` neurons: of each expert, or of the whole layer."""
+        """Remove exactly ``floor(n * (1 - keep))`` neurons: of the whole layer, or of each expert.
+
+        In the uniform form the width that stays is rounded up to what grouped matrix products can run.
+        """
         edits: list[Edit] = []
         for block in blocks:
             assert block.experts is not None
@@ -68,7 +71,7 @@ class _MicroExperts(Compressor):
         return edits
 
     def _uniform(self, layer: int, part: Experts, score: Tensor, shared: Tensor | None) -> Edit | None:
-        gone = budget.removed(part.width, self.keep)
+        gone = part.width - budget.kept(part.width, self.keep, step=part.step)
         if not gone:
             return None
         keep = tuple(_rest(part.width, budget.lowest(row, gone)) for row in score)

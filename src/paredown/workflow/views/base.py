@@ -13,7 +13,7 @@ from paredown.core.anatomy import Block
 from paredown.core.method import View
 from paredown.core.statistics import Observer
 from paredown.registry import Entry
-from paredown.workflow.scanned import Column, LayerRow, ScanView, Suggestion
+from paredown.workflow.scanned import Acting, Column, LayerRow, ScanView, Suggestion
 
 Seen = Mapping[str, Tensor]
 
@@ -69,7 +69,7 @@ class Measure(ABC):
         if not self.rows:
             return None
         reading, suggests = self.read()
-        methods = [e.name for e in registry.entries() if not e.control and self.acts(e)]
+        methods = [Acting(name=e.name, unit=e.unit) for e in registry.entries() if not e.control and self.acts(e)]
         return ScanView(
             name=self.name,
             title=self.title,
@@ -113,7 +113,7 @@ def tidied(values: Tensor | Iterable[float]) -> list[float]:
 
 
 def carrying(values: Tensor, share: float) -> int:
-    """Return how few of ``values [n]`` (not negative) carry ``share`` of their sum, the largest first; 0 if all are 0."""
+    """Return how few of ``values [n]`` (none negative; largest first) carry ``share`` of their sum; 0 if all are 0."""
     ordered = values.double().sort(descending=True).values.cumsum(0)
     if not len(ordered) or ordered[-1] <= 0:
         return 0
@@ -140,3 +140,8 @@ def span(values: Sequence[float], show: str = "{:.0f}") -> str:
 def percent(share: float) -> str:
     """Write a share: ``31 %``."""
     return f"{100 * share:.3g} %"
+
+
+def span_percent(values: Sequence[float]) -> str:
+    """Write the range of some shares: ``13 to 25 %``."""
+    return f"{span([100 * value for value in values])} %"

@@ -13,7 +13,7 @@ from paredown.core.ragged import expert_weights
 from paredown.core.statistics import ExpertTraffic, HeadMoments, NeuronEnergy, Observer
 from paredown.registry import Entry
 from paredown.workflow.scanned import Column, LayerRow, Suggestion
-from paredown.workflow.views.base import Measure, Seen, budget, carrying, percent, shares, span, tidied, tidy
+from paredown.workflow.views.base import Measure, Seen, budget, carrying, percent, shares, span_percent, tidied, tidy
 
 CURVE = 20
 """Points of the curve of energy over neurons."""
@@ -95,16 +95,16 @@ class NeuronSpread(Measure):
             rows = [row for row in self.rows if row.part == part]
             shown = {key: [row.values[key] or 0.0 for row in rows] for key in _LEVELS}
             told.append(
-                f"{part[0].upper()}{part[1:]}: 90 % of the energy lies in {span(shown['most'], '{:.0%}')} of a layer's "
-                f"neurons, 99 % in {span(shown['nearly_all'], '{:.0%}')}."
+                f"{part[0].upper()}{part[1:]}: 90 % of the energy lies in {span_percent(shown['most'])} of a layer's "
+                f"neurons, 99 % in {span_percent(shown['nearly_all'])}."
             )
             if part != "shared expert":
                 unit = "expert neurons" if part == "routed experts" else "neurons"
                 keep = budget(max(shown["nearly_all"]))
                 if keep < 1:
-                    suggests.append(
-                        Suggestion(unit=unit, keep=keep, because="it leaves 99 % of the energy in every layer")
-                    )
+                    counted = ", counted over all its experts together" if part == "routed experts" else ""
+                    because = f"it leaves 99 % of the energy in every layer{counted}"
+                    suggests.append(Suggestion(unit=unit, keep=keep, because=because))
         return " ".join(told), suggests
 
 
@@ -113,7 +113,9 @@ class HeadImportance(Measure):
 
     name = "head-importance"
     title = "Attention heads"
-    measures = "Share of the energy that each query head adds through the output projection, summed per key-value group."
+    measures = (
+        "Share of the energy that each query head adds through the output projection, summed per key-value group."
+    )
     unit = "share of the layer's heads"
     columns = (
         Column(

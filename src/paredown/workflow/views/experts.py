@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -147,7 +148,9 @@ class ExpertUse(Measure):
         told = f"90 % of the routing mass goes to {span(self.values('for_90'))} of {span(counts)} experts a layer."
         unseen = int(sum(self.values("unseen")))
         if unseen:
-            told += f" {unseen} of {sum(counts)} experts were never chosen on these data; more or other data may use them."
+            told += (
+                f" {unseen} of {sum(counts)} experts were never chosen on these data; more or other data may use them."
+            )
         else:
             told += " Every expert was chosen at least once."
         wanted = [max(r.values["for_90"] or 0, r.values["top_k"] or 0) / r.count for r in self.rows]
@@ -170,8 +173,10 @@ class ExpertSimilarity(Measure):
     )
     unit = "cosine"
     columns = (
-        Column(key="twins", title="by weights", unit="cosine", meaning="mean over experts of the nearest twin's similarity"),
-        Column(key="highest", title="highest", unit="cosine", meaning="the most alike pair"),
+        Column(
+            key="twins", title="by weights", unit="cosine", meaning="mean over experts of the nearest twin's similarity"
+        ),
+        Column(key="highest", title="closest pair", unit="cosine", meaning="the most alike pair"),
         Column(
             key="chance",
             title="chance",
@@ -184,7 +189,12 @@ class ExpertSimilarity(Measure):
             unit="cosine",
             meaning="mean over experts of the nearest twin's mean cosine of outputs",
         ),
-        Column(key="output_highest", title="highest", unit="cosine", meaning="the pair with the most alike outputs"),
+        Column(
+            key="output_highest",
+            title="closest by output",
+            unit="cosine",
+            meaning="the pair with the most alike outputs",
+        ),
         Column(key="by_weights", title="by weights", kind="series", unit="cosine", meaning="nearest twin by weights"),
         Column(key="by_output", title="by output", kind="series", unit="cosine", meaning="nearest twin by output"),
         Column(key="twin", title="twin", kind="units", unit="expert", meaning="each expert's nearest twin by weights"),
@@ -216,7 +226,9 @@ class ExpertSimilarity(Measure):
         module = view.child(part.experts)
         alike, looked = weight_similarity(module, part.count, COMPARISONS)
         if looked < part.width:
-            self.note(f"By weights, {looked} neurons of each expert, evenly spaced, were matched against all of the other.")
+            self.note(
+                f"By weights, {looked} neurons of each expert, evenly spaced, were matched against all of the other."
+            )
         best, twin = nearest(alike)
         hidden = expert_weights(module, 0)[0].shape[1]
         values: dict[str, float | None] = {
@@ -234,14 +246,21 @@ class ExpertSimilarity(Measure):
             series["by_output"], units["output_twin"] = tidied(best), twin.tolist()
         return [
             LayerRow(
-                layer=view.part.index, part="routed experts", count=part.count, values=values, series=series, units=units
+                layer=view.part.index,
+                part="routed experts",
+                count=part.count,
+                values=values,
+                series=series,
+                units=units,
             )
         ]
 
     def read(self) -> tuple[str, list[Suggestion]]:
         """Say how many experts have a near twin."""
         value, layer, expert, twin = max(
-            (v, -row.layer, -e, row.units["twin"][e]) for row in self.rows for e, v in enumerate(row.series["by_weights"])
+            (v, -row.layer, -e, row.units["twin"][e])
+            for row in self.rows
+            for e, v in enumerate(row.series["by_weights"])
         )
         told = (
             f"The most alike by weights are experts {-expert} and {twin} of layer {-layer} ({value:.2f}; chance "
@@ -251,9 +270,10 @@ class ExpertSimilarity(Measure):
         total = sum(row.count for row in self.rows)
         if self.values("output_twins"):
             outputs = sum(v >= TWIN for row in self.rows for v in row.series.get("by_output", []))
-            told += f" {outputs} of {total} experts have a twin whose output has a cosine of {TWIN} or more with theirs."
+            who = f"{outputs} of {total} experts have" if outputs else "No expert has"
+            told += f" {who} a twin whose output has a cosine of {TWIN} or more with its own."
         if not close:
-            return f"{told} No expert has a twin of similarity {TWIN} or more: merging them loses something.", []
+            return f"{told} No expert has a twin of similarity {TWIN} or more: merging any two loses something.", []
         told += f" {close} of {total} have a twin whose weights reach {TWIN}."
         keep = budget(max(_groups(row) / row.count for row in self.rows))
         if keep >= 1:
@@ -270,7 +290,9 @@ def weight_similarity(module: Any, count: int, operations: float) -> tuple[Tenso
     weights = [expert_weights(module, e) for e in range(count)]
     hidden = weights[0][1].shape[1]
     width = max(up.shape[0] for _, up, _ in weights)
-    most = min(width, max(FEWEST, int(operations / max(1, 4 * count * sum(u.shape[0] for _, u, _ in weights) * hidden))))
+    most = min(
+        width, max(FEWEST, int(operations / max(1, 4 * count * sum(u.shape[0] for _, u, _ in weights) * hidden)))
+    )
     own, owner = [], []
     for e, (_, up, down) in enumerate(weights):
         n = min(most, up.shape[0])
@@ -284,7 +306,7 @@ def weight_similarity(module: Any, count: int, operations: float) -> tuple[Tenso
         if not up.shape[0]:
             continue
         targets = _neurons(up, down).T
-        best = torch.cat([(block @ targets).amax(1) for block in sources.split(4096)])
+        best = torch.cat([(sources[i : i + 4096] @ targets).amax(1) for i in range(0, len(sources), 4096)])
         total = torch.zeros(count, device=best.device).index_add(0, owners, best)
         found[:, f] = (total / members).cpu()
     return found, most
@@ -322,7 +344,8 @@ def chance(width: int, hidden: int) -> float:
 
 def _neurons(up: Tensor, down: Tensor) -> Tensor:
     """Return neurons ``[n, 2H]`` whose inner products are the mean of both cosines."""
-    return torch.cat([F.normalize(part.detach().float(), dim=1) for part in (up, down)], dim=1) * 0.5**0.5
+    halves = [F.normalize(part.detach().float(), dim=1) for part in (up, down)]
+    return torch.cat(halves, dim=1) * math.sqrt(0.5)
 
 
 def _groups(row: LayerRow) -> int:

@@ -30,7 +30,9 @@ class Spectrum(Measure):
     columns = (
         Column(key="rank_90", title="90 %", unit="share of full rank", meaning="rank that holds 90 % of the energy"),
         Column(key="rank_99", title="99 %", unit="share of full rank", meaning="rank that holds 99 % of the energy"),
-        Column(key="stable", title="stable rank", unit="rank", meaning="squared Frobenius norm by squared spectral norm"),
+        Column(
+            key="stable", title="stable rank", unit="rank", meaning="squared Frobenius norm by squared spectral norm"
+        ),
         Column(
             key="effective",
             title="effective rank",
@@ -41,7 +43,7 @@ class Spectrum(Measure):
             key="factors",
             title="factors at 99 %",
             unit="share of the bytes",
-            meaning="size of two factors that hold 99 % of the energy, by the size of the matrix; above 1 nothing is saved",
+            meaning="two factors that hold 99 % of the energy, by the size of the matrix; above 1 nothing is saved",
         ),
     )
     needs_data = False
@@ -115,7 +117,7 @@ class Spectrum(Measure):
             kinds.setdefault(row.part if row.tower == "language" else f"{row.tower} {row.part}", []).append(row)
         means = {kind: [_mean(rows, key) for key in ("rank_99", "factors")] for kind, rows in kinds.items()}
         lowest = sorted(means, key=lambda kind: means[kind][0])[:3]
-        listed = ", ".join(f"{kind} ({means[kind][0]:.0%} of full rank)" for kind in lowest)
+        listed = ", ".join(f"{kind} ({100 * means[kind][0]:.0f} % of full rank)" for kind in lowest)
         saving = [kind for kind, (_, factors) in means.items() if factors < 1]
         told = f"Nearest to low rank, for 99 % of the energy: {listed}."
         if saving:
@@ -127,7 +129,8 @@ def singular_values(weight: Tensor) -> Tensor:
     """Return the singular values of a matrix in fp32, descending."""
     matrix = weight.float()
     if min(matrix.shape) <= DIRECT:
-        return torch.linalg.svdvals(matrix)
+        values: Tensor = torch.linalg.svdvals(matrix)
+        return values
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
     squared = torch.linalg.eigvalsh(matrix @ matrix.T).flip(0)

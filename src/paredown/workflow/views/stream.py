@@ -42,6 +42,7 @@ class StreamSimilarity(Measure):
     def look(self, view: View, seen: Seen | None) -> list[LayerRow]:
         """Divide the sums by the tokens."""
         assert seen is not None
+        self.note("Each is measured alone, in the whole model: what goes together adds up.")
         if view.part.residual == "parallel":
             self.note("Attention and MLP run side by side here; each is compared with the stream that both read.")
         tokens = max(1.0, float(seen["tokens"]))
@@ -59,6 +60,8 @@ class StreamSimilarity(Measure):
             first = ", ".join(f"{layer} ({-value:.3f})" for value, layer in ranked[:3])
             told.append(f"{unit[0].upper()}{unit[1:]} that turn the stream least: {first}.")
             if still:
-                because = f"{len(still)} of {len(ranked)} {unit} turn the stream by less than 11 degrees (cosine {STILL})"
+                because = (
+                    f"{len(still)} of {len(ranked)} {unit} turn the stream by less than 11 degrees (cosine {STILL})"
+                )
                 suggests.append(Suggestion(unit=unit, keep=budget(1 - len(still) / len(ranked)), because=because))
         return " ".join(told), suggests
