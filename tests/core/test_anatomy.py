@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, VLMS
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from paredown.core import anatomy
 from paredown.errors import ArchitectureError
@@ -222,3 +222,35 @@ def test_a_missing_role_is_named(build, damage, role: str) -> None:  # type: ign
     assert type(model).__name__ in message
     assert "\n" not in message
     assert message.count(". ") == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [
+        ("gpt2", "blocks"),
+        ("bloom", "adds for itself"),
+        ("ernie4_5_moe", "e_score_correction_bias"),
+        ("minimax", "output_gate"),
+        ("gpt_oss", "experts' gate_up_proj"),
+        ("phi3", "MLP or experts"),
+    ],
+)
+def test_what_only_looks_familiar_is_refused(family: str, says: str) -> None:
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=8,
+        moe_num_experts=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ArchitectureError, match=says):
+        anatomy.find(model)

@@ -327,6 +327,22 @@ def test_one_block_alone_can_be_edited() -> None:
     assert torch.equal(logits(model, inputs("llama")), logits(other, inputs("llama")))
 
 
+def test_blocks_edited_one_by_one_and_settled_equal_the_whole_model() -> None:
+    model, other = families.qwen3_moe_mixed(), families.qwen3_moe_mixed()
+    found = anatomy.find(model)
+    edits: list[Edit] = [
+        DropBlock(layer=2),
+        KeepNeurons(layer=1, keep=(4, 2)),
+        KeepExperts(layer=3, keep=(7, 1, 2), top_k=2),
+    ]
+    for layer in (1, 3):
+        part = found.language.blocks[layer]
+        surgery.apply(model.model.layers[layer], part, [edit for edit in edits if edit.layer == layer])
+    assert surgery.settle(model, found, edits) == surgery.apply_model(other, found, edits)
+    assert model.config.to_dict() == other.config.to_dict()
+    assert torch.equal(logits(model, inputs("qwen3_moe")), logits(other, inputs("qwen3_moe")))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_meta_foretells_shapes_and_types(name: str) -> None:
     model = FAMILIES[name]()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from paredown.testbeds import corpus, objectives, publish, shapes, tasks, train
+from paredown.testbeds import corpus, growth, objectives, publish, shapes, tasks, train
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 16}
 TEXT = "One two three four five six seven. The secret number of house is 123. Words follow words for ever and ever.\n"
@@ -27,7 +27,9 @@ def _objective(name: str, tokenizer) -> objectives.Objective:
         return objectives.Recall(stream, tokenizer, tasks.names_in([TEXT]), tokens_per_step=256, lengths=(128,))
     if name == "vlm":
         digits = np.random.default_rng(0).integers(0, 255, size=(20, 28, 28), dtype=np.uint8)
-        return objectives.MosaicQuestions(digits, np.arange(20) % 10, tokenizer, 96, TINY["hidden_size"], batch=2, seeing=0.5)
+        return objectives.MosaicQuestions(
+            digits, np.arange(20) % 10, tokenizer, 96, TINY["hidden_size"], batch=2, seeing=0.5
+        )
     return objectives.PlainText(stream, tokens_per_step=128, lengths=(32, 64))
 
 
@@ -72,6 +74,35 @@ def test_the_schedule_warms_up_and_ends_low() -> None:
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(tokenizer, tmp_path: Path) -> None:
     assert not _trainer("lm", tokenizer, tmp_path).resume()
+
+
+def test_growing_keeps_the_function_and_every_new_weight_can_learn(tokenizer) -> None:
+    torch.manual_seed(0)
+    small = shapes.build("lm", tokenizer, **TINY)
+    large = shapes.build("lm", tokenizer, **TINY | {"num_hidden_layers": 4, "intermediate_size": 48})
+    growth.grow(large, small)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(large(ids).logits, small(ids).logits)
+    large(ids, labels=ids).loss.backward()
+    assert all(layer.mlp.down_proj.weight.grad.abs().min() > 0 for layer in large.model.layers)
+
+
+@pytest.mark.parametrize("wrong", [{"num_hidden_layers": 3}, {"hidden_size": 64}, {"intermediate_size": 16}])
+def test_what_cannot_grow_is_refused(tokenizer, wrong: dict[str, int]) -> None:
+    small = shapes.build("lm", tokenizer, **TINY)
+    with pytest.raises(ValueError, match="cannot grow"):
+        growth.grow(shapes.build("lm", tokenizer, **TINY | wrong), small)
+
+
+def test_a_vision_language_model_starts_from_a_text_model(tokenizer, tmp_path: Path) -> None:
+    text = shapes.build("lm", tokenizer, **TINY)
+    text.save_pretrained(tmp_path)
+    model = shapes.build("vlm", tokenizer, **TINY)
+    train.start_from(model, tmp_path)
+    for key, value in text.model.state_dict().items():
+        assert torch.equal(model.model.language_model.state_dict()[key], value)
+    assert torch.equal(model.lm_head.weight, text.lm_head.weight)
 
 
 def test_from_data_to_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def bytes_misplanned() -> None:
 
 def config_left_behind() -> None:
     """The config does not follow the weights."""
-    surgery.new_config = lambda config, *_: config
+    surgery.new_config = lambda config, *_, **__: config
 
 
 def no_blocks() -> None:

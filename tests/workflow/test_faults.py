@@ -51,7 +51,7 @@ def test_router_rows_permuted(warm, recipe, tmp_path):
 
 @pytest.fixture(scope="module")
 def sharp(moe_folder, tmp_path_factory):
-    """A model in which it matters which expert a token goes to, and in which every second expert is never chosen."""
+    """A model in which it matters much which expert a token goes to."""
     folder = tmp_path_factory.mktemp("sharp") / "model"
     folder.mkdir()
     for file in moe_folder.iterdir():
@@ -59,12 +59,9 @@ def sharp(moe_folder, tmp_path_factory):
     weights = load_file(folder / "model.safetensors")
     for name, tensor in weights.items():
         if name.endswith("mlp.gate.weight"):
-            # Twin rows at both ends of the logits: the four experts of the one half, or those of the other, win.
             tensor *= 8
-            tensor[4:] = -tensor[:4]
         elif ".experts." in name:
             tensor *= 3
-    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -78,6 +75,7 @@ def test_router_rows_permuted_and_nobody_audits_so_the_gate_stops(warm, sharp, t
     honest = warm.run("run", recipe, "--out", place / "smaller")
     assert honest.code == 0, honest.err
     loss = json.loads((place / "smaller" / "paredown" / "run.json").read_text())["gate"]["value"]
+    assert loss > 0
     other = tmp_path / "other"
     other.mkdir()
     said = caught(warm, recipe, other, "router_permuted_unaudited", GateError.exit_code, "--gate", f"kl:{2 * loss}")

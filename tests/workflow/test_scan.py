@@ -230,9 +230,9 @@ def test_similarity_of_experts_by_hand(sparse):
 def test_two_experts_that_differ_in_the_order_of_their_neurons_are_twins(tmp_path):
     model = families.qwen3_moe()
     experts = model.model.layers[1].mlp.experts
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         gate, up = experts.gate_up_proj[2].chunk(2)
+        order = torch.randperm(len(gate), generator=torch.Generator().manual_seed(0))
         experts.gate_up_proj[5] = torch.cat([gate[order], up[order]])
         experts.down_proj[5] = experts.down_proj[2][:, order]
     record = scan(saved(model, tmp_path), tokens())

@@ -19,7 +19,8 @@ Gate = Annotated[
     typer.Option(
         "--gate",
         metavar="ppl:X|kl:X|none",
-        help="Write nothing when perplexity grew by more than this factor, or by more nats a token.",
+        help="Write nothing when perplexity grew by more than a factor (ppl:2.0, the default), or when predictions "
+        "moved by more nats a token (kl:0.5).",
         show_default=False,
     ),
 ]

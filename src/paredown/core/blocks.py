@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from paredown.core import architectures as names
 from paredown.core.roles import Attention, Block, Experts, Mlp
@@ -34,6 +36,10 @@ def block(
     owner = model if model is not None else module
     attention = _attention(module, config, owner, path)
     mlp, experts = _feed_forward(module, config, owner, path, attention)
+    if attention is not None and mlp is not None:
+        rows, columns = _weight(module, attention.o).shape[0], _weight(module, mlp.up).shape[1]
+        if rows != columns:
+            raise missing(owner, "MLP", f"{join(path, mlp.up)} reads {columns} channels of a stream of {rows}")
     residual = _residual(module, attention, mlp, config)
     before_a, after_a, before_m, after_m = _norms(module, residual, owner, path)
     if attention is not None:
@@ -75,7 +81,8 @@ def dropped(module: nn.Module) -> str | None:
 
 def _is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+    # Conv1D of GPT-2 stores its weight transposed; what is not recognised here is refused instead of cut wrongly.
+    return weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Embedding, Conv1D))
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -141,6 +148,8 @@ def _attention(module: nn.Module, config: PreTrainedConfig, model: nn.Module, wh
         if path.split(".")[-1] in ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
         and getattr(norm, "weight", None) is not None
     )
+    if layout != "mla":
+        _check_attention(child, {"q": q, "k": k, "v": v, "qkv": qkv, "o": o}, (heads, kv_heads, head_dim), model, where)
     q, k, v, qkv = (None if path is None else join(name, path) for path in (q, k, v, qkv))
     return Attention(
         path=name,
@@ -158,6 +167,24 @@ def _attention(module: nn.Module, config: PreTrainedConfig, model: nn.Module, wh
         fused_order=order,
         joint_norms=joint,
     )
+
+
+def _check_attention(
+    child: nn.Module, paths: dict[str, str | None], sizes: tuple[int, int, int], model: nn.Module, where: str
+) -> None:
+    """Refuse attention that only looks like what surgery knows: other projections, sizes or ways to add."""
+    heads, kv_heads, head_dim = sizes
+    extra = [path for path, _ in _linears(child) if path not in paths.values()]
+    if extra:
+        raise missing(
+            model, "role of an attention's projection", f"{where} has {', '.join(extra)} beside the known ones"
+        )
+    wanted = {"q": heads, "k": kv_heads, "v": kv_heads, "qkv": heads + 2 * kv_heads}
+    found = {role: int(_weight(child, path).shape[0]) for role, path in paths.items() if path and role in wanted}
+    if kv_heads < 1 or heads % kv_heads or any(rows != wanted[role] * head_dim for role, rows in found.items()):
+        raise missing(model, "attention's heads", f"{where} projects to {found} rows with heads of {head_dim}")
+    if "residual" in inspect.signature(type(child).forward).parameters:
+        raise missing(model, "addition to the residual stream", f"the attention of {where} adds for itself")
 
 
 def _projection_owner(child: nn.Module, path: str | None) -> nn.Module:
@@ -257,6 +284,9 @@ def _experts(
     )
     gate = next((n for n, c in siblings if n != router and own_shape(c) == (1, hidden)), None)
     routing = resolve(parent, router)
+    deeper = [key for key, value in routing.state_dict().items() if "." in key and count in value.shape]
+    if deeper:
+        raise missing(model, "role of a router's part", f"{join(where, prefix, router)} also holds {', '.join(deeper)}")
     bias = next((key for key, value in _tensors(routing) if "bias" in key and tuple(value.shape) == (count,)), None)
     groups = getattr(routing, "num_group", None) or 1
     top_k = getattr(routing, "top_k", None)

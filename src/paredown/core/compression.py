@@ -143,6 +143,8 @@ class Job:
         point = self.keeper.resume()
         with self._timed("embed"), self.source.open_ends(head=False):
             for stream in self._streams():
+                if stream is self.calibration and self._looked(point):
+                    continue
                 stream.start(self.source)
                 if point is not None:
                     stream.restore(point.state, self.source.device)
@@ -207,7 +209,13 @@ class Job:
             self.source.close(part.index)
             self.keeper.commit(Point("look", part.index, self._state(), self._touched))
 
+    def _looked(self, point: Point | None) -> bool:
+        """Whether calibration is over: what a resumed run still has to do asks for no more of it."""
+        return self.method.scope == "global" and point is not None and point.phase == "edit"
+
     def _cut_everywhere(self, blocks: Sequence[Block], decided: list[Edit], point: Point | None) -> None:
+        if self.calibration is not None:
+            self.calibration.forget()
         for part in blocks:
             if point is not None and point.phase == "edit" and part.index <= point.layer:
                 continue

@@ -22,7 +22,8 @@ class HollowLayer(DynamicLayer):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         """Return the number of tokens seen."""
-        return self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
+        keys: Any = self.keys
+        return int(keys.shape[-2]) if self.is_initialized and keys.dim() == 4 else 0
 
     def reset(self) -> None:
         """Forget all tokens; transformers before 5.23 sets stored values to zero instead, of which there are none."""

@@ -13,6 +13,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from paredown.errors import ArchitectureError, BudgetError
 
 
+ALIGNMENT = 64
+"""Bytes: products of operands that start elsewhere round differently on the CPU."""
+ROWS = 32
+
+
 class RaggedExperts(nn.Module):
     """Fused experts whose hidden widths ``w_0 .. w_{E-1}`` differ; same call as transformers' experts modules.
 
@@ -120,17 +125,36 @@ class RaggedExperts(nn.Module):
         top_k_index, top_k_weights
             ``[N, k]``: the chosen experts of each token and their weights.
         """
+        self._align()
         mixed = torch.zeros_like(hidden_states)
-        for e in torch.unique(top_k_index).tolist():
-            if e >= self.num_experts or self.widths[e] == 0:
+        chosen = top_k_index.reshape(-1)
+        # Sorting once gives every expert its tokens as one slice.
+        order = torch.argsort(chosen, stable=True)
+        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
+        start = 0
+        for e, count in enumerate(counts):
+            places, start = order[start : start + count], start + count
+            if not count or e >= self.num_experts or self.widths[e] == 0:
                 continue
-            token, place = torch.where(top_k_index == e)
-            gate, up, down = (_aligned(view) for view in self.expert(e))
-            inputs = hidden_states[token]
-            inner = self.act_fn(functional.linear(inputs, gate)) * functional.linear(inputs, up)
-            part = (inner @ down) * top_k_weights[token, place, None]
+            token = torch.div(places, top_k_index.shape[1], rounding_mode="floor")
+            gate_up, down = self._pair(e)
+            inputs = filled(hidden_states[token])
+            gate, up = functional.linear(inputs, gate_up).chunk(2, dim=-1)
+            part = ((self.act_fn(gate) * up) @ down)[:count] * top_k_weights.reshape(-1)[places, None]
             mixed.index_add_(0, token, part.to(mixed.dtype))
         return mixed
+
+    def _pair(self, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one expert's gate and up rows ``[2w, H]`` and transposed down ``[w, H]``."""
+        start, width = self._starts[e], self.widths[e]
+        gate_up = self.gate_up_flat[2 * start : 2 * (start + width)]
+        return _aligned(gate_up), _aligned(self.down_flat[start : start + width])
+
+    def _align(self) -> None:
+        """Move weights that do not start on a boundary, once, so that no expert has to be copied in each pass."""
+        for parameter in (self.gate_up_flat, self.down_flat):
+            if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
 
     def micro(self, chunk: int) -> MicroExperts:
         """Split every expert into micro-experts of ``chunk`` channels (the last one filled up with zeros).
@@ -160,7 +184,17 @@ def _aligned(view: torch.Tensor) -> torch.Tensor:
     Weights read from a file start anywhere, and small matrix products round differently there; with aligned operands
     the reloaded model gives the same bits as the one in memory.
     """
-    return view if view.device.type != "cpu" or view.data_ptr() % 64 == 0 else view.clone()
+    return view if view.device.type != "cpu" or view.data_ptr() % ALIGNMENT == 0 else view.clone()
+
+
+def filled(x: torch.Tensor) -> torch.Tensor:
+    """Fill many rows up to a round number with zeros, where each new number of rows would cost a kernel.
+
+    In half precision the CPU prepares a kernel for every shape that it has not just seen, which takes longer than to
+    multiply the few rows of one expert.
+    """
+    missing = -len(x) % ROWS if len(x) > 1 and x.device.type == "cpu" and x.element_size() == 2 else 0
+    return functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 class MicroExperts(nn.Module):

@@ -184,6 +184,13 @@ class Stream:
             mask = _rows(self.masks, start, rows) if self.masks[0] is not None else None
             yield _finish(source, _rows(self.hidden, start, rows), mask)
 
+    def forget(self) -> None:
+        """Let go of the hidden states: nobody will ask for them again."""
+        self.hidden.clear()
+        self.calls.clear()
+        for past in self.past:
+            past.clear()
+
     def state(self) -> dict[str, Tensor]:
         """Everything that changes from block to block, for the journal."""
         found = {f"{self.name}.{b}": h for b, h in enumerate(self.hidden)}

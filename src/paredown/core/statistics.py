@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from paredown.core.anatomy import Attention, Experts, Mlp
 from paredown.core.method import View
+from paredown.core.ragged import filled
 from paredown.errors import ArchitectureError
 
 
@@ -211,7 +212,7 @@ class ExpertTraffic(Observer):
             if not len(chosen):
                 continue
             token = chosen // index.shape[1]
-            gate_up = F.linear(hidden[token], module.gate_up_proj[expert])
+            gate_up = _linear(hidden[token], module.gate_up_proj[expert])
             inner = _gated(module, gate_up)
             weight = weights.reshape(-1)[chosen].unsqueeze(-1)
             if self.response:
@@ -223,7 +224,7 @@ class ExpertTraffic(Observer):
                 squared = (inner.float() * counted.reshape(-1)[chosen].float().unsqueeze(-1)).square()
                 energy[expert], peak[expert] = squared.sum(0), squared.amax(0)
             if self.outputs:
-                y = F.linear(inner, module.down_proj[expert]) * weight
+                y = _linear(inner, module.down_proj[expert]) * weight
                 out.index_add_(0, token, y.to(out.dtype))
         if self.response:
             self.raise_to("response", response)
@@ -331,6 +332,11 @@ class _Override:
     def remove(self) -> None:
         """Give the class's own forward back."""
         del self.module.forward
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight.T``."""
+    return F.linear(filled(x), weight)[: len(x)]
 
 
 def _gated(module: Any, gate_up: Tensor) -> Tensor:

@@ -102,6 +102,8 @@ def write_card(name: str, folder: Path) -> None:
         ("minutes", f"{training['seconds'] / 60:.0f}"),
         ("hardware", training.get("hardware", "not recorded")),
     ]
+    if training.get("note"):
+        rows.append(("note", training["note"]))
     task = f"## Task\n\n{TASK[name]}\n\n" if name in TASK else ""
     text = (
         f"# Testbed `{name}`\n\n"

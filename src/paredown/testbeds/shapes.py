@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 # The published sizes. Tests pass smaller ones to `build`; nothing else about a testbed depends on them.
 SIZES: dict[str, dict[str, Any]] = {
     "lm": {
-        "hidden_size": 144,
+        "hidden_size": 96,
         "num_hidden_layers": 8,
         "intermediate_size": 384,
         "num_attention_heads": 6,
-        "head_dim": 24,
+        "head_dim": 16,
     },
     "moe": {
         "hidden_size": 128,

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from paredown.testbeds import NAMES, corpus, objectives, publish, shapes, tasks
+from paredown.testbeds import NAMES, corpus, growth, objectives, publish, shapes, tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-PEAK_RATE = {"lm": 3e-3, "moe": 3e-3, "recall": 3e-3, "vlm": 2e-3}
-TOKENS_PER_STEP = {"lm": 2048, "moe": 4096, "recall": 4096}
+PEAK_RATE = {"lm": 3e-3, "moe": 3e-3, "recall": 2e-3, "vlm": 2e-3}
+TOKENS_PER_STEP = {"lm": 2048, "moe": 4096, "recall": 2048}
 """Small batches: what counts in an hour on a CPU is the number of steps. Experts see an eighth of the tokens each."""
 WARMUP_STEPS = 100
 
@@ -186,7 +186,7 @@ def load_tokenizer(tokenizer: Path | None, data: Path, folder: Path, only: list[
     from transformers import PreTrainedTokenizerFast
 
     place = tokenizer or folder / "tokenizer"
-    if not place.exists():
+    if tokenizer is None and not place.exists():
         sample = (doc.text for doc in corpus.read(data, only=only, longest=100_000) if not doc.heldout)
         corpus.train_tokenizer(sample).save_pretrained(place)
     return PreTrainedTokenizerFast.from_pretrained(place)
@@ -210,17 +210,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--note", default="", help="a sentence for the card about how the run came about")
     return parser.parse_args(arguments)
 
 
 def start_from(model: Any, folder: Path) -> None:
-    """Take over the weights of an earlier model; a vision-language model takes a text model as its language model."""
+    """Take over the function of an earlier, perhaps smaller model; ``vlm`` takes a text model as its language model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     earlier: Any
     if AutoConfig.from_pretrained(folder).model_type == model.config.model_type:
         earlier = type(model).from_pretrained(folder, dtype=torch.float32)
-        model.load_state_dict(earlier.state_dict())
+        growth.grow(model, earlier)
     else:
         earlier = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model.model.language_model.load_state_dict(earlier.model.state_dict())
@@ -234,6 +235,7 @@ def describe(options: argparse.Namespace) -> dict[str, str]:
         "data": "mnist" if options.name == "vlm" else ", ".join(options.only) or options.data.name,
         "init": "random weights" if options.init is None else f"an earlier {options.init.name}",
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "note": options.note,
     }
 
 

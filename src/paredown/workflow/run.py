@@ -455,7 +455,8 @@ def _reopened(folder: Path) -> Skeleton:
         return checkpoint.skeleton(folder)
     except ModelError as error:
         raise ProofError(
-            f"the result was written but does not open again ({str(error).rstrip('.')}); it was not given its final name."
+            f"the result was written but does not open again ({str(error).rstrip('.')}); "
+            "it was not given its final name."
         ) from error
 
 

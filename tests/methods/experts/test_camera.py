@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from paredown.core import energy, surgery
 from paredown.core.edits import KeepExpertNeurons
-from paredown.core.sequential import Resident
 from paredown.errors import ArchitectureError, BudgetError, DataError
 from paredown.methods.experts.camera import CameraP, RandomNeurons
 from paredown.methods.experts.camera_ranking import Camera
@@ -166,7 +165,7 @@ def test_masked_and_physical_form_give_the_same_logits(family, form):
                 experts.down_proj[e][:, gone] = 0
             if edit.shared is not None:
                 gone = sorted(set(range(part.shared.width)) - set(edit.shared))
-                assert gone
+                assert form == "ragged" or gone
                 module.get_submodule(part.shared.down).weight[:, gone] = 0
     given = families.inputs(family)
     difference = (families.logits(masked.hf, given) - families.logits(cut.hf, given)).abs().max()
@@ -206,7 +205,7 @@ def test_uniform_keeps_one_width_and_opens_in_plain_transformers(family):
         assert sorted(best) == list(kept)
 
 
-@pytest.mark.parametrize("keep", [0.9, 0.7, 0.6, 0.34])
+@pytest.mark.parametrize("keep", [0.8, 0.7, 0.6, 0.34])
 def test_a_multiple_of_the_experts_width_stays_in_deepseeks_shared_expert(keep):
     """Its config knows the shared width as a number of experts; anything else would not open in transformers."""
     model = matrix.model("deepseek_v3")

@@ -59,9 +59,9 @@ class StreamSimilarity(Measure):
             still = [layer for value, layer in ranked if -value >= STILL]
             first = ", ".join(f"{layer} ({-value:.3f})" for value, layer in ranked[:3])
             told.append(f"{unit[0].upper()}{unit[1:]} that turn the stream least: {first}.")
-            if still:
-                because = (
-                    f"{len(still)} of {len(ranked)} {unit} turn the stream by less than 11 degrees (cosine {STILL})"
-                )
-                suggests.append(Suggestion(unit=unit, keep=budget(1 - len(still) / len(ranked)), because=because))
+            # One stays whatever the numbers say: nobody keeps none.
+            keep = budget(max(1, len(ranked) - len(still)) / len(ranked))
+            if keep < 1:
+                because = f"{len(still)} of {len(ranked)} {unit} turn the stream by less than 11 degrees (cosine {STILL})"
+                suggests.append(Suggestion(unit=unit, keep=keep, because=because))
         return " ".join(told), suggests
