@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import models
 from benchmarks.common import SCRATCH, Frozen, Result, result, say
 from benchmarks.watched import RUN, watch
+from paredown.core.compression import TOKENS_AT_ONCE
 
 QUESTION = "How much memory does a run hold whose model is read from disk block by block?"
 GOAL = (
@@ -29,7 +30,7 @@ CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
         {"method": "camera-p", "keep": 0.5},
     ),
 )
-SEQUENCES, HELDOUT, LENGTH = 8, 4, 512
+SEQUENCES, HELDOUT, LENGTH = 4, 2, 512
 
 
 class MemoryRow(Frozen):
@@ -61,7 +62,8 @@ def measure(only: int | None = None) -> Result[MemoryRow]:
         "The checkpoint is written shard by shard and removed afterwards; its weights are random.",
         "The proof opens the result whole in plain transformers, in a process of its own: that is what it proves. "
         "Where the result would take most of the memory at hand, the proof reads it block by block instead.",
-        f"{SEQUENCES} calibration and {HELDOUT} held-out sequences of {LENGTH} tokens.",
+        f"{SEQUENCES} calibration and {HELDOUT} held-out sequences of {LENGTH} tokens: one full batch of the engine's "
+        f"{TOKENS_AT_ONCE} tokens; more sequences only make the streams longer (2 bytes x hidden size a token).",
     ]
     return result("memory", QUESTION, GOAL, rows, began, notes)
 
@@ -118,4 +120,4 @@ def _activations(config: Any) -> int:
     """Bytes of the widest activations of one batch: gate, up and their product."""
     width = getattr(config, "moe_intermediate_size", None)
     per_token = config.num_experts_per_tok * width if width else config.intermediate_size
-    return 2 * 3 * 4096 * int(per_token)
+    return 2 * 3 * TOKENS_AT_ONCE * int(per_token)

@@ -16,7 +16,7 @@ def command(folder: Folder, as_json: options.Json = False) -> None:
     """Show what a run did, step by step."""
     from paredown.commands.output import console, emit
     from paredown.report import text
-    from paredown.workflow.run import read_record
+    from paredown.workflow.record import read_record
 
     record = read_record(folder)
     if as_json:

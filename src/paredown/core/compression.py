@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from paredown.core.checkpoint import Model
     from paredown.core.statistics import Observer
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 2048
 
 
 @dataclass

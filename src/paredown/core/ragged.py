@@ -12,7 +12,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 
 from paredown.errors import ArchitectureError, BudgetError
 
-
 ALIGNMENT = 64
 """Bytes: products of operands that start elsewhere round differently on the CPU."""
 ROWS = 32

@@ -56,7 +56,7 @@ def render(record: RunRecord) -> str:
 @cache
 def environment() -> Environment:
     """Return the templates' environment: everything escaped, nothing undefined passes."""
-    environment = Environment(
+    made = Environment(
         loader=PackageLoader("paredown.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -64,10 +64,10 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals.update({"w": words, "datum": datum})
-    environment.filters["visible"] = words.visible
-    environment.filters["line"] = words.line
-    return environment
+    made.globals.update({"w": words, "datum": datum})
+    made.filters["visible"] = words.visible
+    made.filters["line"] = words.line
+    return made
 
 
 def datum(value: float | None, text: str) -> Markup:

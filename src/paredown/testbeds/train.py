@@ -2,6 +2,9 @@
 
 The run keeps its own checkpoints (weights, optimiser, step, time spent) and ``--resume`` goes on from the last one.
 Batches depend on the step alone, so with ``--steps`` a resumed run ends with the same weights as one never stopped.
+
+``lm``, ``moe`` and ``recall`` need text, ``vlm`` needs an ``mnist*.npz`` with ``x_train``, ``y_train``, ``x_test`` and
+``y_test``.  On a CPU give ``vlm`` a trained ``recall`` model as ``--init``: its attention can already read a question.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from paredown.testbeds import NAMES, corpus, growth, objectives, publish, shapes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-PEAK_RATE = {"lm": 3e-3, "moe": 3e-3, "recall": 2e-3, "vlm": 2e-3}
+PEAK_RATE = {"lm": 2e-3, "moe": 3e-3, "recall": 2e-3, "vlm": 2e-3}
 TOKENS_PER_STEP = {"lm": 2048, "moe": 4096, "recall": 2048}
 """Small batches: what counts in an hour on a CPU is the number of steps. Experts see an eighth of the tokens each."""
 WARMUP_STEPS = 100

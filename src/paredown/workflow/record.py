@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from paredown.errors import DataError
 
 
 class _Record(BaseModel):
@@ -154,3 +157,14 @@ class RunRecord(_Record):
     hardware: dict[str, Any]
     seconds: float
     resumed: int
+
+
+def read_record(folder: str | Path) -> RunRecord:
+    """Read what a run left in its output folder."""
+    file = Path(folder) / "paredown" / "run.json"
+    if not file.is_file():
+        raise DataError(f"{folder} holds no paredown/run.json; give the folder that a run wrote.")
+    try:
+        return RunRecord.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is not a record of this version of Paredown ({str(error).splitlines()[0]}).") from None

@@ -11,13 +11,12 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,13 +30,11 @@ from paredown.core.resources import peak_memory
 from paredown.core.sequential import OnDisk, Stream
 from paredown.errors import DataError, GateError, ModelError, OutputError, ParedownError, ProofError
 from paredown.report import card, html
-from paredown.workflow import intervals, journal, measure, plan, proof
+from paredown.workflow import intervals, journal, judge, measure, plan, proof
 from paredown.workflow.journal import Journal, StepKeeper, write_json, write_tensors, write_text
 from paredown.workflow.recipe import GateSpec, Recipe
-from paredown.workflow.record import Gate, LayerChange, Planned, RunRecord, Score, StepRecord
+from paredown.workflow.record import Gate, LayerChange, Planned, RunRecord, Score, StepRecord, read_record
 
-PROOF_SEQUENCES = 2
-LOGITS_AT_ONCE = 1 << 24
 _SPEED_SHARE_OF_MEMORY = 0.4
 
 
@@ -268,7 +265,7 @@ class _Run:
         rows = self._rows(source.skeleton, heldout)
         with source.open_ends(head=True):
             pairs = zip(watch.before.logits(source, rows), watch.after.logits(source, rows), strict=True)
-            judged, kept = _compare(heldout, pairs, rows)
+            judged, kept = judge.compare(heldout.input_ids, pairs, rows)
         write_tensors(reference, {"input_ids": heldout.input_ids[: len(kept)], "logits": kept})
         write_tensors(file, judged)
 
@@ -276,7 +273,7 @@ class _Run:
         if heldout is None:
             return 1
         vocabulary = int(skeleton.model.config.get_text_config().vocab_size)
-        return max(1, min(PROOF_SEQUENCES, LOGITS_AT_ONCE // (heldout.input_ids.shape[1] * vocabulary)))
+        return judge.rows_at_once(heldout.input_ids.shape[1], vocabulary)
 
     def _judge(self, steps: int, heldout: Batch | None) -> tuple[list[Score], Gate]:
         """Compare the last step's result with the original model on the same held-out tokens."""
@@ -302,7 +299,7 @@ class _Run:
         rows = self._rows(sources[0].skeleton, heldout)
         with sources[0].open_ends(head=True), sources[1].open_ends(head=True):
             pairs = zip(streams[0].logits(sources[0], rows), streams[1].logits(sources[1], rows), strict=True)
-            return _compare(heldout, pairs, rows)[0]
+            return judge.compare(heldout.input_ids, pairs, rows)[0]
 
     def _calibration(self, skeleton: Skeleton) -> Batch | None:
         if not any("calibration-data" in method.needs for method in self.methods):
@@ -413,40 +410,6 @@ def _passed(source: OnDisk, heldout: Batch) -> Stream:
         stream.advance(source.open(block.index), index=block.index)
         source.close(block.index)
     return stream
-
-
-def _compare(heldout: Batch, pairs: Iterable[tuple[Tensor, Tensor]], rows: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Return losses before and after ``[N, T-1]``, their divergence ``[N]``, and the first few logits after."""
-    found: dict[str, list[Tensor]] = {"before": [], "after": [], "kl": []}
-    kept: list[Tensor] = []
-    for ids, (before, after) in zip(torch.split(heldout.input_ids, rows), pairs, strict=True):
-        parts: dict[str, list[Tensor]] = {name: [] for name in found}
-        # A stretch of positions at a time: in full, each of half a dozen copies would be as large as the head.
-        stretch = max(1, LOGITS_AT_ONCE // 8 // (before.shape[0] * before.shape[-1]))
-        for start in range(0, before.shape[1], stretch):
-            here = slice(start, start + stretch)
-            old, new = before[:, here].float().log_softmax(-1), after[:, here].float().log_softmax(-1)
-            target = ids[:, 1:][:, here].to(old.device).unsqueeze(-1)
-            parts["before"].append(-old[:, : target.shape[1]].gather(-1, target).squeeze(-1).cpu())
-            parts["after"].append(-new[:, : target.shape[1]].gather(-1, target).squeeze(-1).cpu())
-            parts["kl"].append((old.exp() * (old - new)).sum(-1).cpu())
-        found["before"].append(torch.cat(parts["before"], 1))
-        found["after"].append(torch.cat(parts["after"], 1))
-        found["kl"].append(torch.cat(parts["kl"], 1).mean(-1))
-        if sum(map(len, kept)) < PROOF_SEQUENCES:
-            kept.append(after.cpu())
-    return {k: torch.cat(v) for k, v in found.items()}, torch.cat(kept)
-
-
-def read_record(folder: str | Path) -> RunRecord:
-    """Read what a run left in its output folder."""
-    file = Path(folder) / "paredown" / "run.json"
-    if not file.is_file():
-        raise DataError(f"{folder} holds no paredown/run.json; give the folder that a run wrote.")
-    try:
-        return RunRecord.model_validate_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not a record of this version of Paredown ({str(error).splitlines()[0]}).") from None
 
 
 def _reopened(folder: Path) -> Skeleton:

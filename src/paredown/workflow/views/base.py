@@ -16,6 +16,8 @@ from paredown.registry import Entry
 from paredown.workflow.scanned import Acting, Column, LayerRow, ScanView, Suggestion
 
 Seen = Mapping[str, Tensor]
+WORTHWHILE = 0.95
+"""Above this a budget would save too little to be suggested."""
 
 
 class Measure(ABC):
@@ -79,7 +81,7 @@ class Measure(ABC):
             columns=list(self.columns),
             rows=self.rows,
             reading=reading,
-            suggests=suggests,
+            suggests=[one for one in suggests if one.keep <= WORTHWHILE],
             notes=self.notes,
             seconds=tidy(self.seconds),
         )

@@ -47,7 +47,8 @@ class NeuronSpread(Measure):
 
     def acts(self, entry: Entry) -> bool:
         """Methods that remove neurons."""
-        return entry.unit.endswith("neurons")
+        kinds = {row.part for row in self.rows}
+        return entry.unit.endswith("neurons") and ("routed experts" if "expert" in entry.unit else "MLP") in kinds
 
     def applies(self, part: Block) -> bool:
         """Dense MLPs, and experts that can be observed."""
