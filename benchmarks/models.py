@@ -71,7 +71,8 @@ def write_checkpoint(config: PreTrainedConfig, folder: Path, *, seed: int = 0) -
     for name, tensor in on_disk.items():
         groups.setdefault(".".join(name.split(".")[:3]), {})[name] = tensor
     generator = torch.Generator().manual_seed(seed)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, group in enumerate(groups.values(), start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         filled = {name: _numbers(tensor, generator) for name, tensor in group.items()}

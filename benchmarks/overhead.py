@@ -75,9 +75,7 @@ def _models() -> Iterator[tuple[str, Model, Batch]]:
         "random Qwen3-MoE, hidden 512, 8 layers of 16 experts": models.moe(
             hidden=512, layers=8, width=384, experts=16, top_k=2, heads=8, vocabulary=4096
         ),
-        "random Llama, hidden 512, 8 layers": models.llama(
-            hidden=512, layers=8, width=1408, heads=8, vocabulary=4096
-        ),
+        "random Llama, hidden 512, 8 layers": models.llama(hidden=512, layers=8, width=1408, heads=8, vocabulary=4096),
     }
     for title, config in shapes.items():
         torch.manual_seed(1)

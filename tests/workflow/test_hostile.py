@@ -52,7 +52,7 @@ def broken(moe_folder, tmp_path):
     return lambda spoil: spoilt(moe_folder, tmp_path / "broken", spoil)
 
 
-# --- models that are not there -----------------------------------------------------------------------------------------
+# --- models that are not there ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~nobody/model", "a" * 300, "a/b/c", "nul\0byte", ""])
@@ -83,7 +83,7 @@ def test_a_file_is_no_model(refused, moe_folder):
     assert "is a file, not a checkpoint folder" in refused(moe_folder / SINGLE)
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------
+# --- weights ---------------------------------------------------------------------------------------------------------
 
 
 def header(change):
@@ -260,7 +260,7 @@ def test_no_weights(refused, broken):
     assert f"holds no {SINGLE}" in refused(broken(lambda f: (f / SINGLE).unlink()))
 
 
-# --- config ------------------------------------------------------------------------------------------------------------
+# --- config ----------------------------------------------------------------------------------------------------------
 
 
 def config(**changes):
@@ -364,12 +364,12 @@ def test_remote_code_never_runs(warm, broken, text_file, place, tmp_path, model_
         assert not list(place.rglob("*.py"))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"max_length": "many"}'])
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
 def test_generation_config_broken(refused, broken, text):
     assert "generation_config.json" in refused(broken(lambda f: (f / "generation_config.json").write_text(text)))
 
 
-# --- tokenizer ---------------------------------------------------------------------------------------------------------
+# --- tokenizer -------------------------------------------------------------------------------------------------------
 
 
 def test_tokenizer_missing(refused, broken):
@@ -398,7 +398,7 @@ def test_tokenizer_of_another_model(refused, broken, moe_folder):
     assert "tokenizer" in refused(broken(spoil))
 
 
-# --- data --------------------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["", "\n\n \n"])
@@ -420,10 +420,10 @@ def test_broken_lines(refused, moe_folder, tmp_path, line):
 
 def test_missing_data(refused, moe_folder):
     assert "no file or folder" in refused(moe_folder, data="/nowhere/texts.jsonl")
-    assert "pass --data" in refused(moe_folder, data=None)
+    assert "pass --data" in refused(moe_folder, data=None, method=("--method", "dern", "--keep", "0.5"))
 
 
-# --- recipes -----------------------------------------------------------------------------------------------------------
+# --- recipes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -462,7 +462,7 @@ def recipe(warm, place, moe_folder, text_file, tmp_path):
         ({"steps": ["dern"]}, "will not do"),
         ({"steps": [{"method": ["dern"]}]}, "will not do"),
         ({"steps": [{"keep": 0.5}]}, "steps.0.method"),
-        ({"steps": [{"method": "dern"}] * 65}, "steps"),
+        ({"steps": [{"method": "dern", "seed": i} for i in range(65)]}, "steps"),
         ({"steps": None}, "steps=None will not do"),
         ({"data": 3}, "data=3 will not do"),
         ({"data": {"sequences": 0}}, "data.sequences=0 will not do"),
@@ -538,7 +538,7 @@ def test_recipes_that_are_no_text(warm, place, tmp_path):
     assert list(place.iterdir()) == []
 
 
-# --- budgets -----------------------------------------------------------------------------------------------------------
+# --- budgets ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", ["0", "1.5", "nan", "-1", "inf"])
@@ -559,7 +559,7 @@ def test_nothing_of_the_kind_to_remove(refused, checkpoint_folder):
     assert "removes experts" in refused(checkpoint_folder())
 
 
-# --- outputs -----------------------------------------------------------------------------------------------------------
+# --- outputs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -608,7 +608,7 @@ def test_output_where_this_user_may_not_write(run, tmp_path):
     assert "cannot be written" in run(tmp_path / "smaller", plant="plants:unwritable")
 
 
-@pytest.mark.parametrize("out", ["..", ".", "/", "", "sub/..", "nul\0byte"])
+@pytest.mark.parametrize("out", ["..", ".", "/", "", "sub/.."])
 def test_output_without_a_name(run, out):
     assert "names no folder of its own" in run(out)
 
@@ -651,12 +651,14 @@ def test_a_model_that_is_called_like_the_journal(warm, moe_folder, text_file, tm
     assert tree(tmp_path) == before
 
 
-# --- the same in a real process, as a shell would start it ---------------------------------------------------------------
+# --- the same in a real process, as a shell would start it -----------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_from_the_shell(moe_folder, text_file, tmp_path):
-    nan = spoilt(moe_folder, tmp_path / "nan", weights(lambda t: t["lm_head.weight"].fill_(float("nan")) and None))
+    nan = spoilt(
+        moe_folder, tmp_path / "nan", weights(lambda t: t["lm_head.weight"].fill_(float("nan"))[:0].tolist() or None)
+    )
     recipe = write_recipe(tmp_path / "recipe.yaml", nan, text_file, {"method": "dern", "keep": 0.5, "alpa": 3})
     (tmp_path / "out").mkdir()
     out = ["--out", str(tmp_path / "out" / "smaller")]

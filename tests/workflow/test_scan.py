@@ -12,7 +12,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from paredown.core import surgery
 from paredown.core.calibration import Batch
+from paredown.core.checkpoint import Model
+from paredown.core.edits import DropSublayer, KeepExpertNeurons
 from paredown.core.sequential import OnDisk
 from paredown.errors import DataError, OutputError
 from paredown.workflow import scan as scan_module
@@ -261,6 +264,8 @@ def test_an_attention_that_adds_next_to_nothing(tmp_path):
     assert {s.unit: s.keep for s in view.suggests}["attention sub-layers"] == 0.67
     assert "llm-drop" in {method.name for method in view.methods}
     assert not any(method.name.startswith("random") for method in view.methods)
+    # There are no experts here, so nothing that removes their neurons is offered.
+    assert not any("expert" in method.unit for method in record.view("neuron-energy").methods)
 
 
 def test_an_expert_that_the_router_never_chooses(tmp_path):
@@ -275,6 +280,8 @@ def test_an_expert_that_the_router_never_chooses(tmp_path):
     assert row.values["unseen"] == len(row.units["never"])
     routed = next(r for r in rows(record, "neuron-energy", "routed experts") if r.layer == 2)
     assert routed.values["silent"] >= 16
+    offered = {method.name for method in record.view("neuron-energy").methods}
+    assert "camera-p" in offered
     assert "never chosen" in record.view("expert-use").reading
 
 
@@ -351,6 +358,25 @@ def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(scan_module, "OnDisk", Watching)
     scan(saved(families.qwen3_moe_mixed(), tmp_path), tokens())
     assert resident == [[0], [1], [2], [3]]
+
+
+def test_a_model_that_was_cut_is_scanned_again(tmp_path):
+    model = Model.of(families.qwen3_moe())
+    ragged = KeepExpertNeurons(layer=1, keep=[tuple(range(e + 1)) if e else () for e in range(8)])
+    drops = [DropSublayer(layer=0, part="attention"), DropSublayer(layer=2, part="mlp")]
+    surgery.apply_model(model.hf, model.anatomy, [ragged, *drops])
+    record = scan(saved(model.hf, tmp_path), tokens())
+    similar = rows(record, "stream-similarity")
+    assert similar[0].values["attention"] is None
+    assert similar[0].values["mlp"] == similar[0].values["block"]
+    assert similar[2].values["mlp"] is None
+    assert [row.layer for row in rows(record, "head-importance")] == [1, 2]
+    assert [row.layer for row in rows(record, "expert-use")] == [0, 1]
+    assert [row.layer for row in rows(record, "neuron-energy")] == [0]
+    assert any("unequal widths" in note for note in record.view("neuron-energy").notes)
+    alike = rows(record, "expert-similarity")[1]
+    assert alike.series["by_weights"][0] == alike.series["by_output"][0] == 0
+    assert min(alike.series["by_weights"][1:]) > 0
 
 
 def test_a_scan_gives_the_same_numbers_again(tmp_path, sparse):

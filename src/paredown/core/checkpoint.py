@@ -230,6 +230,7 @@ def below(name: str, prefixes: tuple[str, ...]) -> bool:
 def read_config(folder: Path) -> PreTrainedConfig:
     """Read the config; remote code is never run."""
     raw = files.read_json(folder / "config.json", "give the folder that holds it")
+    _check_layers(raw, folder)
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -246,6 +247,18 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if getattr(config, "quantization_config", None) is not None:
         raise ArchitectureError(f"{folder} is quantised already; give the checkpoint it was made from.")
     return cast(PreTrainedConfig, config)
+
+
+def _check_layers(raw: Any, folder: Path) -> None:
+    """Refuse a number of layers that the files cannot fill, before lists and modules of that length are made."""
+    limit = len(files.headers(folder))
+    for part in [raw, *(value for value in raw.values() if isinstance(value, dict))]:
+        for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"):
+            if isinstance(part.get(key), int) and part[key] > limit:
+                raise CheckpointError(
+                    f"{folder / 'config.json'} asks for {part[key]} layers ({key}), but the checkpoint holds {limit} "
+                    "tensors; mend the config or copy the checkpoint again."
+                )
 
 
 def model_class(config: PreTrainedConfig, folder: Path) -> type[PreTrainedModel]:

@@ -194,7 +194,7 @@ def _neurons(view: ScanView) -> dict[str, Any]:
     )
     figure["curves"] = [
         {
-            "caption": f"{kind[:1].upper()}{kind[1:]}: energy (upwards) carried by a share of neurons (to the right), a "
+            "caption": f"{kind[:1].upper()}{kind[1:]}: energy (up) carried by a share of neurons (across), a "
             "curve a layer, later layers darker.",
             "drawing": scandraw.curves([row.series["curve"] for row in rows], f"energy over {kind} neurons"),
         }

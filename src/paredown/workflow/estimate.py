@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,19 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paredown.core import audit, calibration, compression, surgery
+from paredown.core import audit, calibration, checkpoint, compression, surgery
 from paredown.core.anatomy import Block
 from paredown.core.checkpoint import Model, Skeleton
+from paredown.core.edits import DropBlock, Edit
 from paredown.core.method import Compressor, View
 from paredown.core.resources import peak_memory, release_memory, reset_peak_memory, resident_memory
 from paredown.core.sequential import AttentionMemory, Stream, layer_config
 from paredown.core.tensors import check_finite
 from paredown.errors import DataError, ParedownError
+from paredown.workflow import judge
 from paredown.workflow.recipe import Recipe
 
 PROBE_BYTES = 16 << 20
-_COPIES_ON_FUSING = 1.34
+_COPIES_ON_FUSING = 0.67
 """Stacking experts and joining gate and up hold this share of the block a second time while it is read."""
+_TIMES = 3
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,17 @@ class Forecast:
     notes: list[str]
 
 
-def rehearse(skeleton: Skeleton, method: Compressor, recipe: Recipe) -> Forecast:
-    """Foretell peak memory and time of one step, without reading weights."""
+def rehearse(skeleton: Skeleton, method: Compressor, recipe: Recipe, edits: Sequence[Edit] = ()) -> Forecast:
+    """Foretell peak memory and time of one step, without reading weights.
+
+    Parameters
+    ----------
+    skeleton : left as it was
+    method, recipe : the step
+    edits : what the plan takes away, for methods that choose over all layers; which units go does not matter
+    """
     try:
-        return _Rehearsal(skeleton, method, recipe).forecast()
+        return _Rehearsal(skeleton, method, recipe, edits).forecast()
     except ParedownError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
@@ -58,8 +69,9 @@ def rehearse(skeleton: Skeleton, method: Compressor, recipe: Recipe) -> Forecast
 
 @dataclass
 class _Cost:
-    """What one block takes: seconds by kind, and the memory above what was resident before."""
+    """What one block takes: seconds by kind (a batch, or the block), and the memory above what was resident before."""
 
+    start: float
     dense: float
     observe: float
     after: float
@@ -68,6 +80,15 @@ class _Cost:
     transient: int
     bytes_before: int
     bytes_after: int
+
+
+@dataclass
+class _Disk:
+    """Seconds a byte read and written, and seconds for making one file durable."""
+
+    read: float
+    write: float
+    settle: float
 
 
 class _Random:
@@ -98,8 +119,9 @@ class _Random:
 
 
 class _Rehearsal:
-    def __init__(self, skeleton: Skeleton, method: Compressor, recipe: Recipe) -> None:
+    def __init__(self, skeleton: Skeleton, method: Compressor, recipe: Recipe, edits: Sequence[Edit]) -> None:
         self.skeleton, self.method, self.recipe = skeleton, method, recipe
+        self.edits = edits if method.scope == "global" else ()
         self.model = skeleton.model
         self.source = _Random(self.model)
         self.tower = self.model.anatomy.language
@@ -111,34 +133,40 @@ class _Rehearsal:
 
     def forecast(self) -> Forecast:
         release_memory()
-        base = resident_memory()
         try:
             costs = self._blocks()
             head_seconds, head_bytes = self._head()
         finally:
             _empty(self.model.hf)
             release_memory()
-        read, write = self._disk()
+        opening, building = self._loading()
+        # Measured last: what a rehearsal leaves behind (libraries, prepared kernels) is there in the run too.
+        base = resident_memory()
+        disk = self._disk()
         rows = max(1, compression.TOKENS_AT_ONCE // self.length)
-        calibrating, watching = -(-self.calibration_rows // rows), -(-self.heldout_rows // rows)
+        calibrating, watching = self.calibration_rows / rows, self.heldout_rows / rows
         hidden = self.length * self.tower.hidden_size * self._itemsize()
         lookback: Callable[[Any], int] = getattr(self.method, "lookback", lambda _: 0)
-        streams = hidden * (self.calibration_rows * (1 + lookback(self.tower.blocks)) + 2 * self.heldout_rows)
+        remembered = 1 if self.method.propagate == "edited" else 0
+        held = self.calibration_rows * (1 + lookback(self.tower.blocks)) + 2 * self.heldout_rows
         looks_twice = self.method.scope == "global"
-        seconds = 0.0
+        seconds = building + (calibrating + 2 * watching) * max(c.start for c in costs.values())
         for block in self.tower.blocks:
             cost = costs[block.index]
-            seconds += cost.bytes_before * read * (2 if looks_twice else 1) + cost.bytes_after * write
-            seconds += streams * write * (2 if looks_twice else 1)
+            seconds += cost.bytes_before * disk.read * (2 if looks_twice else 1) + cost.bytes_after * disk.write
+            seconds += opening * (2 if looks_twice else 1) + disk.settle * (5 if looks_twice else 4)
+            seconds += hidden * disk.write * (held + (2 * self.heldout_rows if looks_twice else 0))
             seconds += calibrating * (cost.observe + cost.replay) + watching * (cost.dense + cost.after) + cost.cut
         after = sum(costs[b.index].bytes_after for b in self.tower.blocks)
         ends = sum(t.numel() * t.element_size() for t in self._ends())
-        seconds += 2 * ends * read + (after + 2 * ends) * write + self.heldout_rows * head_seconds
-        fused = any(c.was_used() or hasattr(c, "operations") for c in self.skeleton.mapping)
+        seconds += 3 * ends * disk.read + (after + 2 * ends) * disk.write + 6 * disk.settle
+        seconds += self.heldout_rows * head_seconds
+        fused = any(hasattr(c, "operations") for c in self.skeleton.mapping)
         share = 1 + _COPIES_ON_FUSING if fused and any(b.experts for b in self.tower.blocks) else 1
         reading = max(int(share * c.bytes_before) for c in costs.values())
         running = max(c.transient for c in costs.values())
-        peak = base + streams + max(reading, running, head_bytes)
+        streams = hidden * (held + remembered * self.calibration_rows)
+        peak = base + max(streams + max(reading, running), 2 * hidden * self.heldout_rows + head_bytes)
         return Forecast(peak, seconds, self.notes)
 
     def _blocks(self) -> dict[int, _Cost]:
@@ -156,41 +184,53 @@ class _Rehearsal:
     @torch.no_grad()
     def _block(self, block: Block) -> _Cost:
         rows = max(1, compression.TOKENS_AT_ONCE // self.length)
+        rows = min(rows, max(self.calibration_rows, self.heldout_rows, 1))
         stream = Stream("rehearsal", torch.zeros(rows, self.length, dtype=torch.long), batch_size=rows)
-        dtype = self.skeleton.dtype
-        stream.start(self.source, embeddings=lambda ids: torch.randn(*ids.shape, self.tower.hidden_size).to(dtype))
-        release_memory()
-        resident = resident_memory()
-        reset_peak_memory()
+        began = time.perf_counter()
+        stream.start(self.source, embeddings=lambda ids: self._noise(*ids.shape))
+        start = time.perf_counter() - began
         with _understudy(self.model, block.path):
             cost = self._act(stream, block)
-            cost = replace(cost, transient=peak_memory() - resident)
         release_memory()
-        return cost
+        # Costs are those of a full batch, whatever there was to rehearse with.
+        full = max(1, compression.TOKENS_AT_ONCE // self.length) / rows
+        return replace(
+            cost, start=full * start, dense=full * cost.dense, observe=full * cost.observe,
+            after=full * cost.after, replay=full * cost.replay,
+        )  # fmt: skip
 
     def _act(self, stream: Stream, block: Block) -> _Cost:
         """Do with one block, once, what the engine does with it."""
         view = self.source.open(block.index)
         before = _bytes(view.module)
+        shape = stream.ids[0].shape
 
-        def advance(of: View, **options: Any) -> float:
+        def advance(of: View | None, **options: Any) -> float:
+            # Other numbers each time: where tokens go to experts, the same ones would be quick the second time.
+            stream.hidden[0] = self._noise(*shape)
             began = time.perf_counter()
             stream.advance(of, index=block.index, discard=True, **options)
             return time.perf_counter() - began
 
         advance(view)
-        dense = min(advance(view), advance(view))
+        release_memory()
+        resident = resident_memory() - before
+        reset_peak_memory()
+        dense = statistics.median(advance(view) for _ in range(_TIMES))
         if not self.method.applies(block):
-            return _Cost(dense, dense if self.calibration_rows else 0.0, dense, 0.0, 0.0, 0, before, before)
+            observe = dense if self.calibration_rows else 0.0
+            return _Cost(0.0, dense, observe, dense, 0.0, 0.0, peak_memory() - resident, before, before)
         memory = AttentionMemory(view) if self.method.propagate == "edited" else None
         observers = self.method.observe(view) if self.calibration_rows else []
-        observe = advance(view, observers=observers, replay=memory)
+        observe = advance(view, observers=observers, replay=memory) if self.calibration_rows else 0.0
         began = time.perf_counter()
         seen = {k: v.nan_to_num() for o in observers for k, v in o.result().items()}
         scores = self.method.score(view, seen, 0)
-        edits = self.method.decide([block], {block.index: scores}) if self.method.scope == "layer" else []
-        after = view
-        if edits:
+        edits = self._edits(block, scores)
+        after: View | None = view
+        if any(isinstance(e, DropBlock) for e in edits):
+            after = None
+        elif edits:
             before_digests = audit.digests(view.module)
             self.method.rewrite(view, edits, scores)
             checksums = audit.take(view, edits)
@@ -198,9 +238,36 @@ class _Rehearsal:
             audit.check(checksums, after, edits)
             audit.touched(before_digests, audit.digests(view.module))
         cut = time.perf_counter() - began
-        replay = advance(after, replay=memory) if memory is not None else 0.0
-        behind = min(advance(after), advance(after)) if edits else dense
-        return _Cost(dense, observe, behind, replay, cut, 0, before, _bytes(view.module))
+        replay = advance(after, replay=memory) if memory is not None and self.calibration_rows else 0.0
+        if after is None:
+            return _Cost(0.0, dense, observe, 0.0, replay, cut, peak_memory() - resident, before, 0)
+        behind = statistics.median(advance(after) for _ in range(_TIMES)) if edits else dense
+        transient = peak_memory() - resident
+        return _Cost(0.0, dense, observe, behind, replay, cut, transient, before, _bytes(view.module))
+
+    def _edits(self, block: Block, scores: dict[str, Tensor]) -> list[Edit]:
+        if self.method.scope == "layer":
+            return self.method.decide([block], {block.index: scores})
+        return [edit for edit in self.edits if edit.layer == block.index]
+
+    def _noise(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, self.tower.hidden_size).to(self.skeleton.dtype)
+
+    def _loading(self) -> tuple[float, float]:
+        """Return the seconds of opening and closing one block, its bytes apart, and of building a skeleton."""
+        began = time.perf_counter()
+        other = checkpoint.skeleton(self.skeleton.folder)
+        building = time.perf_counter() - began
+        path = other.model.anatomy.language.blocks[0].path
+        state = {
+            name: torch.empty(info.shape, dtype=other.dtype, device="meta")
+            for name, info in other.tensors.items()
+            if name in other.places and checkpoint.below(other.places[name], (path,))
+        }
+        began = time.perf_counter()
+        other._convert(state, "meta")
+        other.empty(path)
+        return time.perf_counter() - began, building
 
     @torch.no_grad()
     def _head(self) -> tuple[float, int]:
@@ -210,32 +277,34 @@ class _Rehearsal:
         release_memory()
         resident = resident_memory()
         reset_peak_memory()
-        stream = Stream("head", torch.zeros(1, self.length, dtype=torch.long))
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        rows = min(judge.rows_at_once(self.length, vocabulary), self.heldout_rows)
+        stream = Stream("head", torch.zeros(rows, self.length, dtype=torch.long), batch_size=rows)
         with self.source.open_ends(head=True):
-            stream.hidden = [torch.randn(1, self.length, self.tower.hidden_size).to(self.skeleton.dtype)]
+            stream.hidden = [self._noise(rows, self.length)]
             began = time.perf_counter()
-            pairs = [next(iter(stream.logits(self.source, 1))).float().log_softmax(-1) for _ in range(2)]
-            (pairs[0].exp() * (pairs[0] - pairs[1])).sum(-1).mean(-1)
-            seconds = time.perf_counter() - began
-        return seconds, peak_memory() - resident
+            pairs = [(next(stream.logits(self.source, rows)), next(stream.logits(self.source, rows)))]
+            judge.compare(stream.ids[0], pairs, rows)
+            seconds = (time.perf_counter() - began) / rows
+            # A run keeps the logits of a few sequences for the proof, and joins them.
+            logits = pairs[0][1].numel() * self._itemsize() * judge.PROOF_SEQUENCES // rows
+        return seconds, peak_memory() - resident + 2 * logits
 
-    def _disk(self) -> tuple[float, float]:
-        """Return seconds a byte of reading weights (checked and copied) and of writing them durably."""
-        info = max(self.skeleton.tensors.values(), key=lambda t: t.nbytes)
+    def _disk(self) -> _Disk:
+        """Try the disk: reading weights (checked on the way), writing them durably, and settling small files."""
+        name, info = max(self.skeleton.tensors.items(), key=lambda item: item[1].nbytes)
         began = time.perf_counter()
         with info.file.open("rb") as source:
             source.seek(info.start)
             raw = bytearray(source.read(min(PROBE_BYTES, info.nbytes)))
-        tensor = torch.frombuffer(raw, dtype=torch.uint8).clone()
-        check_finite(Path(), "probe", tensor[: len(raw) // 2 * 2].view(torch.bfloat16).nan_to_num())
+        tensor = torch.frombuffer(raw, dtype=torch.uint8)[: len(raw) // 2 * 2].view(torch.bfloat16)
+        check_finite(self.skeleton.folder, name, tensor.nan_to_num())
         read = (time.perf_counter() - began) / max(1, len(raw))
-        with tempfile.NamedTemporaryFile() as target:
-            began = time.perf_counter()
-            target.write(raw)
-            target.flush()
-            os.fsync(target.fileno())
-            write = (time.perf_counter() - began) / max(1, len(raw))
-        return read, write
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "probe"
+            settle = statistics.median(_write(file, b"0" * 4096) for _ in range(_TIMES))
+            write = max(0.0, _write(file, raw) - settle) / max(1, len(raw))
+        return _Disk(read, write, settle)
 
     def _rows(self, split: Any, asked: int) -> tuple[int, int]:
         spec = self.recipe.data
@@ -251,7 +320,8 @@ class _Rehearsal:
         module = self.model.hf.get_submodule(block.path)
         shapes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
         types = getattr(self.model.config.get_text_config(), "layer_types", None)
-        return shapes, self.method.applies(block), types[block.index] if types else None
+        fate = tuple((e.op, getattr(e, "part", "")) for e in self.edits if e.layer == block.index)
+        return shapes, self.method.applies(block), types[block.index] if types else None, fate
 
     def _itemsize(self) -> int:
         return torch.empty(0, dtype=self.skeleton.dtype).element_size()
@@ -292,6 +362,15 @@ def _empty(module: nn.Module) -> None:
         for name, p in child._parameters.items():
             if p is not None and p.device.type != "meta":
                 child._parameters[name] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+
+
+def _write(file: Path, content: bytes | bytearray) -> float:
+    began = time.perf_counter()
+    with file.open("wb") as target:
+        target.write(content)
+        target.flush()
+        os.fsync(target.fileno())
+    return time.perf_counter() - began
 
 
 def _bytes(module: nn.Module) -> int:

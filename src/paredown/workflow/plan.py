@@ -43,6 +43,8 @@ def plan(recipe: Recipe, *, rehearse: bool = True, progress: Progress | None = N
         Whatever would stop the run later.
     """
     methods = compressors(recipe)
+    if rehearse:
+        plan(recipe, rehearse=False)  # whatever is wrong shall be told before any progress is
     skeleton = checkpoint.skeleton(recipe.model)
     planned = []
     for number, method in enumerate(methods):
@@ -69,7 +71,7 @@ def plan_step(skeleton: Skeleton, method: Compressor, recipe: Recipe, *, rehears
     """Foretell one step and carry it out on the skeleton, so that the next step can be planned behind it."""
     model = skeleton.model
     sized = _sizes(method, model)
-    forecast = estimate.rehearse(skeleton, method, recipe) if rehearse else estimate.Forecast(0, 0.0, [])
+    forecast = estimate.rehearse(skeleton, method, recipe, sized.edits) if rehearse else estimate.Forecast(0, 0.0, [])
     before = tensors(model)
     model.anatomy = surgery.apply_model(model.hf, model.anatomy, sized.edits)
     after = tensors(model)

@@ -62,6 +62,8 @@ class StreamSimilarity(Measure):
             # One stays whatever the numbers say: nobody keeps none.
             keep = budget(max(1, len(ranked) - len(still)) / len(ranked))
             if keep < 1:
-                because = f"{len(still)} of {len(ranked)} {unit} turn the stream by less than 11 degrees (cosine {STILL})"
+                because = (
+                    f"{len(still)} of {len(ranked)} {unit} turn the stream by less than 11 degrees (cosine {STILL})"
+                )
                 suggests.append(Suggestion(unit=unit, keep=keep, because=because))
         return " ".join(told), suggests

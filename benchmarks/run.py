@@ -1,0 +1,39 @@
+"""Measure: ``python -m benchmarks.run overhead|memory|speed|plan|quality|all``, or one method's name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import memory, overhead, plan, quality, speed, tables
+from benchmarks.common import RESULTS, one_thread, say, write
+
+BENCHMARKS: dict[str, Callable[[], Any]] = {
+    "overhead": overhead.measure,
+    "memory": memory.measure,
+    "speed": speed.measure,
+    "plan": plan.measure,
+}
+
+
+def main() -> None:
+    """Measure what was asked for and write the page."""
+    methods = {file.stem: file for file in quality.experiments()}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure.")
+    parser.add_argument("name", choices=[*BENCHMARKS, "quality", "all", *methods])
+    asked = parser.parse_args().name
+    one_thread()
+    for name, measure in BENCHMARKS.items():
+        if asked in (name, "all"):
+            write(measure(), RESULTS / f"{name}.json")
+    for name, file in methods.items():
+        if asked in (name, "quality", "all"):
+            found = quality.measure(file)
+            write(found, RESULTS / file.parent.name / f"{name}.json")
+            say(f"{name}: {found.summary}")
+    tables.PAGE.write_text(tables.page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

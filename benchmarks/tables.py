@@ -1,0 +1,161 @@
+"""docs/benchmarks.md, written from the result files and from nothing else.
+
+python -m benchmarks.tables            write
+python -m benchmarks.tables --check    change nothing; exit 1 if the page is stale
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, ROOT, Result, Spread
+from benchmarks.memory import MemoryRow
+from benchmarks.overhead import OverheadRow
+from benchmarks.plan import PlanRow
+from benchmarks.quality import QualityResult
+from benchmarks.speed import SpeedRow
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+NOTE = "<!-- Written by `python -m benchmarks.tables` from benchmarks/results; measure again with `make bench`. -->"
+TYPES: dict[str, Any] = {
+    "overhead": Result[OverheadRow],
+    "memory": Result[MemoryRow],
+    "speed": Result[SpeedRow],
+    "plan": Result[PlanRow],
+}
+TITLES = {
+    "overhead": "What a method costs",
+    "memory": "Memory of a run",
+    "speed": "Speed of the result",
+    "plan": "Plan against run",
+}
+
+
+def page(results: Path = RESULTS) -> str:
+    """Return the page."""
+    lines = [NOTE, "", "# Benchmarks", ""]
+    lines += [
+        "Every number here was measured by the command that stands with it. A range in brackets is from the smallest "
+        "to the largest of the repetitions. The machine is small and shared, so what counts are ratios within one run.",
+    ]
+    for name in TYPES:
+        file = results / f"{name}.json"
+        if file.is_file():
+            lines += _section(name, TYPES[name].model_validate_json(file.read_text(encoding="utf-8")))
+    lines += _quality(results)
+    return "\n".join(lines) + "\n"
+
+
+def _section(name: str, found: Any) -> list[str]:
+    head, cells = _TABLES[name]
+    lines = ["", f"## {TITLES[name]}", "", f"{found.question} Goal: {found.goal}.", ""]
+    lines += _table(head, [cells(row) for row in found.rows])
+    lines += ["", *(f"- {note}" for note in found.notes)]
+    lines += [f"- `{found.command}`, commit {found.commit}, seed {found.seed}, {found.created}, {found.seconds:.0f} s."]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(found.versions.items()))
+    return [*lines, f"- {found.hardware}; {versions}."]
+
+
+def _quality(results: Path) -> list[str]:
+    files = sorted(file for axis in results.iterdir() if axis.is_dir() for file in axis.glob("*.json"))
+    if not files:
+        return []
+    found = [QualityResult.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+    lines = [
+        "",
+        "## Quality of the result",
+        "",
+        "Each method against its random control, on the same held-out text.",
+        "",
+    ]
+    rows = [
+        (f"[{one.method}](methods/{one.method}.md)", one.model, one.summary, one.commit, f"`{one.command}`")
+        for one in found
+    ]
+    return lines + _table(("method", "model", "measured", "commit", "command"), rows)
+
+
+def _overhead(row: OverheadRow) -> tuple[str, ...]:
+    fields = "".join(f" {key}={value}" for key, value in row.fields.items())
+    return (row.model, row.method + fields, f"{row.tokens:,}", f"{row.forward_seconds:.2f} s", _spread(row.ratio),
+            _yes(row.within_goal))  # fmt: skip
+
+
+def _memory(row: MemoryRow) -> tuple[str, ...]:
+    return (
+        row.model, row.method, _mb(row.checkpoint), _mb(row.block), _mb(row.largest_end), _mb(row.streams),
+        _mb(row.imported), _mb(row.peak), f"{_mb(row.above_imported)} of {_mb(row.goal)}", _yes(row.within_goal),
+        _yes(row.within_limit), _mb(row.proof_peak) if row.proof_peak else "",
+    )  # fmt: skip
+
+
+def _speed(row: SpeedRow) -> tuple[str, ...]:
+    return (
+        row.model, row.change, row.phase, f"{row.tokens_per_second_before:.1f}", f"{row.tokens_per_second_after:.1f}",
+        _spread(row.speedup), f"{row.bound:.2f}", f"{row.share_of_bound:.0%}",
+        _spread(row.against_uniform) if row.against_uniform else "",
+    )  # fmt: skip
+
+
+def _plan(row: PlanRow) -> tuple[str, ...]:
+    return (
+        row.model, row.method, _yes(row.exact), f"{row.shapes_planned}", _mb(row.peak_planned), _mb(row.peak_measured),
+        f"{row.peak_error:+.0%}", f"{row.seconds_planned:.1f} s", f"{row.seconds_measured:.1f} s",
+        f"{row.seconds_error:+.0%}",
+    )  # fmt: skip
+
+
+_TABLES: dict[str, tuple[Sequence[str], Callable[[Any], tuple[str, ...]]]] = {
+    "overhead": (("model", "method", "tokens", "bare forward", "method / forward", "goal met"), _overhead),
+    "memory": (
+        ("model", "method", "checkpoint", "block", "embedding", "streams", "libraries", "peak", "above libraries",
+         "goal met", "under 1.2 GB", "proof"),
+        _memory,
+    ),
+    "speed": (
+        ("model", "change", "phase", "tokens/s before", "after", "speed-up", "bound", "share of bound",
+         "against equal widths"),
+        _speed,
+    ),
+    "plan": (
+        ("model", "method", "shapes and bytes exact", "shapes changed", "peak planned", "measured", "error",
+         "time planned", "measured", "error"),
+        _plan,
+    ),
+}  # fmt: skip
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+
+
+def _spread(of: Spread) -> str:
+    return f"{of.median:.2f} ({of.low:.2f} to {of.high:.2f})"
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.0f} MB"
+
+
+def _yes(what: bool) -> str:
+    return "yes" if what else "no"
+
+
+def main() -> int:
+    """Write the page, or with ``--check`` say whether it is stale."""
+    text = page()
+    if "--check" in sys.argv[1:]:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+            print("stale: docs/benchmarks.md (run `python -m benchmarks.tables`)", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
