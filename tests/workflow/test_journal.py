@@ -201,7 +201,7 @@ def keeper(tmp_path):
 
 def view(index):
     block = nn.Linear(2, 2, bias=False)
-    part = Block(index, f"model.layers.{index}", None, None, None, "sequential", ())
+    part = Block(index, f"model.layers.{index}", "pre", None, None, None)
     return View(block, part, None)
 
 

@@ -39,7 +39,7 @@ def test_a_whole_recipe(file):
 
 def test_defaults():
     found = recipe.check({"model": "m", "steps": [{"method": "dern"}]})
-    assert (found.seed, found.gate) == (0, "ppl:2")
+    assert (found.seed, GateSpec.parse(found.gate)) == (0, GateSpec(kind="ppl", limit=2.0))
     assert (found.data.sequences, found.data.length, found.data.calibration) == (64, 512, None)
     assert found.methods()[0].keep == 0.5
 
