@@ -50,7 +50,7 @@ fix: $(STAMP) ## Mend what can be mended without thought
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## Measure again what benchmarks/results holds
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.run all
 
 docs: $(STAMP) ## Write the README's catalogue, docs/methods and docs/cli.md from the code
 	$(BIN)/python tools/build_docs.py

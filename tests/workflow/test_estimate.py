@@ -54,11 +54,12 @@ def rehearsal(folder, text_file, **options):
 def steady(monkeypatch):
     """Let every measurement come out the same, so that only the arithmetic is left."""
     cost = estimate._Cost(
-        start=0.5, dense=1.0, observe=2.0, after=1.0, replay=0.0, cut=0.25, transient=1000, bytes_before=100, bytes_after=50
+        start=0.5, dense=1.0, observe=2.0, after=1.0, replay=0.0, cut=0.25, transient=1000,
+        bytes_before=100, bytes_after=50,
     )  # fmt: skip
     monkeypatch.setattr(estimate._Rehearsal, "_blocks", lambda self: dict.fromkeys(range(len(self.tower.blocks)), cost))
     monkeypatch.setattr(estimate._Rehearsal, "_head", lambda self: (0.0, 0))
-    monkeypatch.setattr(estimate._Rehearsal, "_loading", lambda self: (0.0, 0.0))
+    monkeypatch.setattr(estimate._Rehearsal, "_loading", lambda self: (0.0, 0.0, 0.0))
     monkeypatch.setattr(estimate._Rehearsal, "_disk", lambda self: estimate._Disk(0.0, 0.0, 0.0))
     monkeypatch.setattr(estimate, "resident_memory", lambda: 10_000)
 

@@ -199,6 +199,8 @@ def _serve() -> None:
     proof._in_fresh_process = _prove_in_a_fork
     estimate.rehearse = lambda *_: estimate.Forecast(0, 0.0, [])
     measure.speeds = lambda *_, **__: (None, None)
+    for name in ("workflow.run", "workflow.plan", "report.html", "report.text", "report.planned", "commands.output"):
+        importlib.import_module(f"paredown.{name}")
     # What is frozen is not looked at by the collector: gc.collect() of a child takes no time and copies no pages.
     gc.collect()
     gc.freeze()

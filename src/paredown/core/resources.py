@@ -43,6 +43,15 @@ def resident_memory() -> int:
     return _status("VmRSS")
 
 
+def available_memory() -> int:
+    """Return the bytes that programs can still be given; 8 GiB where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 8 << 30
+
+
 def release_memory() -> None:
     """Give freed memory back to the operating system; the C library would keep it for later."""
     gc.collect()

@@ -139,7 +139,7 @@ class _Rehearsal:
         finally:
             _empty(self.model.hf)
             release_memory()
-        opening, building = self._loading()
+        opening, naming, building = self._loading()
         # Measured last: what a rehearsal leaves behind (libraries, prepared kernels) is there in the run too.
         base = resident_memory()
         disk = self._disk()
@@ -154,12 +154,13 @@ class _Rehearsal:
         for block in self.tower.blocks:
             cost = costs[block.index]
             seconds += cost.bytes_before * disk.read * (2 if looks_twice else 1) + cost.bytes_after * disk.write
-            seconds += opening * (2 if looks_twice else 1) + disk.settle * (5 if looks_twice else 4)
+            seconds += opening * (2 if looks_twice else 1) + naming + disk.settle * (6 if looks_twice else 4)
             seconds += hidden * disk.write * (held + (2 * self.heldout_rows if looks_twice else 0))
             seconds += calibrating * (cost.observe + cost.replay) + watching * (cost.dense + cost.after) + cost.cut
         after = sum(costs[b.index].bytes_after for b in self.tower.blocks)
         ends = sum(t.numel() * t.element_size() for t in self._ends())
-        seconds += 3 * ends * disk.read + (after + 2 * ends) * disk.write + 6 * disk.settle
+        # What lies around the blocks is opened to embed, to judge, and in three parts to be written.
+        seconds += 5 * opening + 3 * naming + 3 * ends * disk.read + (after + 2 * ends) * disk.write + 8 * disk.settle
         seconds += self.heldout_rows * head_seconds
         fused = any(hasattr(c, "operations") for c in self.skeleton.mapping)
         share = 1 + _COPIES_ON_FUSING if fused and any(b.experts for b in self.tower.blocks) else 1
@@ -253,8 +254,8 @@ class _Rehearsal:
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(*shape, self.tower.hidden_size).to(self.skeleton.dtype)
 
-    def _loading(self) -> tuple[float, float]:
-        """Return the seconds of opening and closing one block, its bytes apart, and of building a skeleton."""
+    def _loading(self) -> tuple[float, float, float]:
+        """Return seconds that no bytes explain: of opening a block, of naming its weights, of building a skeleton."""
         began = time.perf_counter()
         other = checkpoint.skeleton(self.skeleton.folder)
         building = time.perf_counter() - began
@@ -267,7 +268,10 @@ class _Rehearsal:
         began = time.perf_counter()
         other._convert(state, "meta")
         other.empty(path)
-        return time.perf_counter() - began, building
+        opening = time.perf_counter() - began
+        began = time.perf_counter()
+        other.disk_names({f"{path}.{n}": t for n, t in other.hf.get_submodule(path).state_dict().items()})
+        return opening, time.perf_counter() - began, building
 
     @torch.no_grad()
     def _head(self) -> tuple[float, int]:
@@ -286,9 +290,7 @@ class _Rehearsal:
             pairs = [(next(stream.logits(self.source, rows)), next(stream.logits(self.source, rows)))]
             judge.compare(stream.ids[0], pairs, rows)
             seconds = (time.perf_counter() - began) / rows
-            # A run keeps the logits of a few sequences for the proof, and joins them.
-            logits = pairs[0][1].numel() * self._itemsize() * judge.PROOF_SEQUENCES // rows
-        return seconds, peak_memory() - resident + 2 * logits
+        return seconds, peak_memory() - resident
 
     def _disk(self) -> _Disk:
         """Try the disk: reading weights (checked on the way), writing them durably, and settling small files."""

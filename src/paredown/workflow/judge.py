@@ -26,11 +26,14 @@ def compare(ids: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], rows: int) -> t
     rows : see :func:`rows_at_once`
     """
     found: dict[str, list[Tensor]] = {"before": [], "after": [], "kl": []}
-    kept: list[Tensor] = []
-    for chosen, (before, after) in zip(torch.split(ids, rows), pairs, strict=True):
+    wanted, known = min(PROOF_SEQUENCES, len(ids)), 0
+    kept: Tensor | None = None
+    remaining = iter(pairs)
+    for chosen in torch.split(ids, rows):
+        before, after = next(remaining)
         parts: dict[str, list[Tensor]] = {name: [] for name in found}
         # A stretch of positions at a time: in full, each of half a dozen copies would be as large as the head.
-        stretch = max(1, LOGITS_AT_ONCE // 8 // (before.shape[0] * before.shape[-1]))
+        stretch = max(1, LOGITS_AT_ONCE // 32 // (before.shape[0] * before.shape[-1]))
         for start in range(0, before.shape[1], stretch):
             here = slice(start, start + stretch)
             old, new = before[:, here].float().log_softmax(-1), after[:, here].float().log_softmax(-1)
@@ -41,6 +44,12 @@ def compare(ids: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], rows: int) -> t
         found["before"].append(torch.cat(parts["before"], 1))
         found["after"].append(torch.cat(parts["after"], 1))
         found["kl"].append(torch.cat(parts["kl"], 1).mean(-1))
-        if sum(map(len, kept)) < PROOF_SEQUENCES:
-            kept.append(after.cpu())
-    return {k: torch.cat(v) for k, v in found.items()}, torch.cat(kept)
+        if known < wanted:
+            if kept is None:
+                kept = torch.empty(wanted, *after.shape[1:], dtype=after.dtype)
+            kept[known : known + len(after)] = after[: wanted - known].cpu()
+            known += len(after)
+        # Not to be held while the next ones are computed.
+        del before, after
+    assert kept is not None
+    return {k: torch.cat(v) for k, v in found.items()}, kept

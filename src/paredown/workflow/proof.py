@@ -15,11 +15,15 @@ from typing import Any
 import torch
 
 from paredown.core import files
+from paredown.core.resources import available_memory
 from paredown.errors import ProofError
 from paredown.workflow.record import Planned, Proof
 
 TOLERANCE = 1e-3
 """Largest difference of logits, relative to their spread; the same arithmetic gives zero."""
+
+SHARE_OF_MEMORY = 0.5
+"""A result that is larger than this share of the memory at hand is read block by block instead of opened whole."""
 
 _CHILD = r"""
 import json, sys
@@ -38,15 +42,31 @@ if loader == "transformers":
     wrong = [str(k) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in report[key]]
     if "paredown" in sys.modules:
         raise SystemExit("paredown was imported")
+elif loader == "block by block":
+    from paredown.core import checkpoint, sequential
+    skeleton = checkpoint.skeleton(folder)
+    source, model, wrong = sequential.OnDisk(skeleton, device=sys.argv[6]), None, list(skeleton.unknown)
 else:
     import paredown
     model, wrong = paredown.load(folder).hf, []
-model = model.to(sys.argv[6]).eval()
-found = {"wrong": sorted(wrong)[:5], "finite": all(bool(torch.isfinite(p).all()) for p in model.parameters())}
-with torch.no_grad():
-    ids = known["input_ids"].to(model.device)
-    step = int(rows)
-    logits = torch.cat([model(input_ids=ids[i:i + step]).logits.float().cpu() for i in range(0, len(ids), step)])
+found = {"wrong": sorted(wrong)[:5], "finite": True}
+step = int(rows)
+if model is None:
+    # Values that are not finite stop the reading.
+    stream = sequential.Stream("proof", known["input_ids"], batch_size=step)
+    with source.open_ends(head=False):
+        stream.start(source)
+    for block in skeleton.model.anatomy.language.blocks:
+        stream.advance(source.open(block.index), index=block.index)
+        source.close(block.index)
+    with source.open_ends(head=True), torch.no_grad():
+        logits = torch.cat([part.float().cpu() for part in stream.logits(source, step)])
+else:
+    model = model.to(sys.argv[6]).eval()
+    found["finite"] = all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    with torch.no_grad():
+        ids = known["input_ids"].to(model.device)
+        logits = torch.cat([model(input_ids=ids[i:i + step]).logits.float().cpu() for i in range(0, len(ids), step)])
 found["shape"] = list(logits.shape)
 difference = torch.tensor(float("inf"))
 if logits.shape == known["logits"].shape:
@@ -84,8 +104,9 @@ def prove(
     ProofError
         Naming the first thing that is not as it was in memory.
     """
-    found = _in_fresh_process(folder, reference, loader, rows, device)
     nbytes = sum(info.nbytes for info in files.headers(folder).values())
+    whole = nbytes <= SHARE_OF_MEMORY * available_memory()
+    found = _in_fresh_process(folder, reference, loader if whole else "block by block", rows, device)
     match = not plan.exact or nbytes == plan.bytes_after
     generated = tokenizer.decode(found["generated"]) if tokenizer is not None and found["generated"] else ""
     limit = TOLERANCE * max(1.0, found["spread"])
@@ -105,7 +126,10 @@ def prove(
             f"the result was written and opened again, but {' and '.join(failures)}; it was not given its final name."
         )
     checks = [
-        f"opened in a fresh process with {'plain transformers' if loader == 'transformers' else 'paredown.load'}",
+        f"opened in a fresh process with {'plain transformers' if loader == 'transformers' else 'paredown.load'}"
+        if whole
+        else "read block by block by Paredown in a fresh process, and not generated with: opened whole, it would take "
+        f"more than {SHARE_OF_MEMORY:.0%} of the memory at hand",
         "every weight of the config is in the file and none is left over",
         "all weights are finite",
         f"logits of {found['shape'][0]} sequences of {found['shape'][1]} tokens differ by at most "

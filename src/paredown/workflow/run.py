@@ -7,7 +7,6 @@ pass the blocks before and after, so that the gate's numbers cost two more passe
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import sys
 import time
@@ -26,7 +25,7 @@ from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Skeleton
 from paredown.core.compression import Job, Watch, stream_for, stream_of
 from paredown.core.method import Compressor, Outcome, Progress
-from paredown.core.resources import peak_memory
+from paredown.core.resources import available_memory, peak_memory
 from paredown.core.sequential import OnDisk, Stream
 from paredown.errors import DataError, GateError, ModelError, OutputError, ParedownError, ProofError
 from paredown.report import card, html
@@ -376,7 +375,7 @@ class _Run:
         if not self.speed or heldout is None:
             return None, None
         wanted = measure.size(self.folder).bytes_weights + measure.size(result).bytes_weights
-        if wanted > _SPEED_SHARE_OF_MEMORY * _physical_memory():
+        if wanted > _SPEED_SHARE_OF_MEMORY * available_memory():
             return None, None
         if self.progress is not None:
             self.progress(0, 1, "measuring speed and memory")
@@ -448,14 +447,6 @@ def _link_or_copy(source: str, target: str) -> None:
         Path(target).hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _physical_memory() -> int:
-    if platform.system() == "Linux":
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 8 << 30
 
 
 __all__ = ["Planned", "Stream", "read_record", "run"]
