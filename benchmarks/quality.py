@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.common import ROOT, Frozen, commit, hardware
 from paredown.workflow.compare import compare
@@ -45,6 +45,18 @@ class QualityResult(Frozen):
     original_perplexity: float
     rows: list[Row]
     notes: list[str]
+
+
+class Published(BaseModel):
+    """What the catalogue needs of any method's result, however it was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    summary: str = Field(min_length=1)
+    command: str = Field(min_length=1)
+    commit: str = Field(min_length=1)
+    seeds: int = Field(ge=2)
+    hardware: str = Field(min_length=1)
 
 
 def experiments() -> list[Path]:

@@ -15,7 +15,7 @@ from benchmarks.common import RESULTS, ROOT, Result, Spread
 from benchmarks.memory import MemoryRow
 from benchmarks.overhead import OverheadRow
 from benchmarks.plan import PlanRow
-from benchmarks.quality import QualityResult
+from benchmarks.quality import Published
 from benchmarks.speed import SpeedRow
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -63,7 +63,7 @@ def _quality(results: Path) -> list[str]:
     files = sorted(file for axis in results.iterdir() if axis.is_dir() for file in axis.glob("*.json"))
     if not files:
         return []
-    found = [QualityResult.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+    found = {file.stem: Published.model_validate_json(file.read_text(encoding="utf-8")) for file in files}
     lines = [
         "",
         "## Quality of the result",
@@ -72,10 +72,10 @@ def _quality(results: Path) -> list[str]:
         "",
     ]
     rows = [
-        (f"[{one.method}](methods/{one.method}.md)", one.model, one.summary, one.commit, f"`{one.command}`")
-        for one in found
+        (f"[{method}](methods/{method}.md)", one.summary, str(one.seeds), one.commit, f"`{one.command}`")
+        for method, one in found.items()
     ]
-    return lines + _table(("method", "model", "measured", "commit", "command"), rows)
+    return lines + _table(("method", "measured", "seeds", "commit", "command"), rows)
 
 
 def _overhead(row: OverheadRow) -> tuple[str, ...]:

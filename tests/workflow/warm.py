@@ -184,7 +184,7 @@ def _fork(work: Callable[[], int | None], die_after: float | None = None) -> tup
         texts = []
         for stream in (out, err):
             stream.seek(0)
-            texts.append(stream.read().decode())
+            texts.append(stream.read().decode(errors="replace"))  # who is killed may stop inside a character
         return os.waitstatus_to_exitcode(status), texts[0], texts[1]
 
 
@@ -220,7 +220,7 @@ def _serve() -> None:
         began = time.perf_counter()
         code, out, err = _fork(child, request["die_after"])
         changes, last = 0, ""
-        if note.exists():
+        if code >= 0 and note.exists():  # who was killed may have been writing it
             number, _, last = note.read_text().partition(" ")
             changes = int(number)
         ended = {"code": code, "out": out, "err": err, "seconds": time.perf_counter() - began, "changes": changes}

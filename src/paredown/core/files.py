@@ -277,7 +277,10 @@ def _header(file: Path) -> dict[str, TensorInfo]:
             raise TypeError
         found = {
             name: TensorInfo(
-                file, str(e["dtype"]), tuple(map(_whole, e["shape"])), *(8 + length + _whole(o) for o in e["data_offsets"])
+                file,
+                str(e["dtype"]),
+                tuple(map(_whole, e["shape"])),
+                *(8 + length + _whole(o) for o in e["data_offsets"]),
             )
             for name, e in entries.items()
         }
@@ -290,7 +293,9 @@ def _header(file: Path) -> dict[str, TensorInfo]:
         if bits is None or info.numel * bits != 8 * info.nbytes:
             raise CheckpointError(f"the header of {file} gives {name!r} a shape at odds with its size; copy it again.")
         if info.start != end:
-            raise CheckpointError(f"the header of {file} lays {name!r} over other tensors or behind a gap; copy it again.")
+            raise CheckpointError(
+                f"the header of {file} lays {name!r} over other tensors or behind a gap; copy it again."
+            )
         end = info.end
     if end != size:
         raise CheckpointError(f"{file} is cut short or has bytes left over; copy or download it again.")
