@@ -79,13 +79,28 @@ def _write_lines(file: Path, records: Sequence[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def write_text_samples(data: Path, to: Path, only: Sequence[str], heldout_only: Sequence[str]) -> list[str]:
-    """Write ``calibration.jsonl`` and ``heldout.jsonl`` of a text testbed and return the sources to cite."""
+def _folders(sources: Sequence[str]) -> set[str]:
+    return {source.split(":")[0] for source in sources}
+
+
+def write_text_samples(data: Path, to: Path, only: Sequence[str], judging: Sequence[str]) -> list[str]:
+    """Write ``calibration.jsonl`` and ``heldout.jsonl`` of a text testbed and return the sources to cite.
+
+    Parameters
+    ----------
+    data, only
+        What the run was trained on.
+    to
+        The testbed's folder.
+    judging
+        How the sources of held-out passages may begin; empty means as any.  A model that started from another one can so be
+        kept to documents that neither was trained on.
+    """
     documents = list(corpus.read(data, only=only, longest=250_000))
     calibration = sample([doc for doc in documents if not doc.heldout], 1500, 100_000)
-    judged = [
-        doc for doc in documents if doc.heldout and (not heldout_only or doc.source.split(":")[0] in heldout_only)
-    ]
+    if only and (more := sorted(_folders(judging) - set(only))):
+        documents += corpus.read(data, only=more, longest=250_000)
+    judged = [doc for doc in documents if doc.heldout and doc.source.startswith(tuple(judging) or "")]
     heldout = sample(judged, 4000, 200_000)
     for file, chosen in (("calibration.jsonl", calibration), ("heldout.jsonl", heldout)):
         _write_lines(to / file, [{"text": passage.text, "source": passage.source} for passage in chosen])
@@ -132,10 +147,13 @@ def write_mosaic_samples(data: Path, to: Path) -> list[str]:
 
 def write_provenance(name: str, data: Path, to: Path, only: Sequence[str], cited: Sequence[str]) -> None:
     """Write ``PROVENANCE.md``: what each data folder says of itself, and each document of which a part is shipped."""
-    folders = [data / part for part in only] if only else [data]
+    more = sorted(_folders([source.removeprefix("held out: ") for source in cited if source.startswith("held out")]))
+    folders = (
+        [data / part for part in dict.fromkeys([*only, *(m for m in more if (data / m).is_dir())])] if only else [data]
+    )
     parts = [
         f"# Where the data of testbed `{name}` came from",
-        "The weights were trained on these, and the samples are cut from them.",
+        f"Weights and tokenizer were trained on {', '.join(only) or 'the whole folder'}; the samples are cut from the sources below.",
     ]
     for folder in folders:
         note = folder / "PROVENANCE.md"
@@ -173,7 +191,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder that the run was trained on")
     parser.add_argument("--only", nargs="*", default=[], help="sub-folders of DATA, as in the training command")
     parser.add_argument(
-        "--heldout", nargs="*", default=[], help="sub-folders that held-out text may come from (default: all)"
+        "--heldout",
+        nargs="*",
+        default=[],
+        help="how the sources of held-out text may begin, e.g. FOLDER or 'FOLDER: ID'",
     )
     parser.add_argument(
         "--run", type=Path, default=Path("runs/testbeds"), help="folder of the run (default: runs/testbeds)"
