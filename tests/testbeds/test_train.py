@@ -126,4 +126,7 @@ def test_from_data_to_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert heldout
     assert not calibration & heldout
     assert all(source in (folder / "PROVENANCE.md").read_text() for source in calibration | heldout)
+    chosen = sorted(heldout)[0]
+    publish.main(["lm", "--data", str(tmp_path / "data"), "--run", str(run), "--to", str(to), "--heldout", chosen])
+    assert {json.loads(line)["source"] for line in (folder / "heldout.jsonl").read_text().splitlines()} == {chosen}
     assert not any(str(tmp_path) in file.read_text() for file in folder.glob("*.json"))

@@ -93,8 +93,8 @@ def write_text_samples(data: Path, to: Path, only: Sequence[str], judging: Seque
     to
         The testbed's folder.
     judging
-        How the sources of held-out passages may begin; empty means as any.  A model that started from another one can so be
-        kept to documents that neither was trained on.
+        How the sources of held-out passages may begin; empty means as any.  So a model that started from another one is
+        judged on documents that neither was trained on.
     """
     documents = list(corpus.read(data, only=only, longest=250_000))
     calibration = sample([doc for doc in documents if not doc.heldout], 1500, 100_000)
@@ -147,13 +147,12 @@ def write_mosaic_samples(data: Path, to: Path) -> list[str]:
 
 def write_provenance(name: str, data: Path, to: Path, only: Sequence[str], cited: Sequence[str]) -> None:
     """Write ``PROVENANCE.md``: what each data folder says of itself, and each document of which a part is shipped."""
-    more = sorted(_folders([source.removeprefix("held out: ") for source in cited if source.startswith("held out")]))
-    folders = (
-        [data / part for part in dict.fromkeys([*only, *(m for m in more if (data / m).is_dir())])] if only else [data]
-    )
+    judging = _folders([source.removeprefix("held out: ") for source in cited if source.startswith("held out: ")])
+    more = sorted(part for part in judging - set(only) if (data / part).is_dir())
+    folders = [data / part for part in (*only, *more)] if only else [data]
     parts = [
         f"# Where the data of testbed `{name}` came from",
-        f"Weights and tokenizer were trained on {', '.join(only) or 'the whole folder'}; the samples are cut from the sources below.",
+        f"Weights and tokenizer were trained on {', '.join(only) or data.name}; the samples are cut from these:",
     ]
     for folder in folders:
         note = folder / "PROVENANCE.md"
