@@ -74,7 +74,7 @@ def catalogue(entries: tuple[Entry, ...], root: Path) -> str:
     parts = []
     for axis, group in groupby(entries, key=lambda entry: entry.axis):
         parts.append(f"**{axis}**\n")
-        parts.append("| method | removes | source | measured |\n| --- | --- | --- | --- |")
+        parts.append("| method | unit | source | measured |\n| --- | --- | --- | --- |")
         for entry in group:
             result = measured(entry, root)
             link = f"[{entry.name}](docs/methods/{entry.name}.md)"
@@ -95,7 +95,7 @@ def method_page(entry: Entry, result: dict[str, Any] | None) -> str:
     """Return one method's page."""
     facts = [
         ("axis", entry.axis),
-        ("removes", entry.unit),
+        ("unit", entry.unit),
         ("kind", entry.kind + (" (a control: what others are compared with)" if entry.control else "")),
         ("needs", needs(entry)),
         ("source", source(entry)),

@@ -40,7 +40,7 @@ def command(name: Name = None, as_json: options.Json = False) -> None:
 def _list(entries: tuple[Entry, ...], out: Console) -> None:
     from paredown.commands.output import table
 
-    table(out, ("axis", "method", "removes", "source"), [(e.axis, e.name, e.unit, source(e)) for e in entries])
+    table(out, ("axis", "method", "unit", "source"), [(e.axis, e.name, e.unit, source(e)) for e in entries])
 
 
 def _show(entry: Entry, out: Console) -> None:
@@ -52,7 +52,7 @@ def _show(entry: Entry, out: Console) -> None:
     facts = [
         ("source", source(entry)),
         ("axis", entry.axis),
-        ("removes", entry.unit),
+        ("unit", entry.unit),
         ("kind", entry.kind),
         ("needs", needs(entry)),
     ]
