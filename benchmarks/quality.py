@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def measure(file: Path) -> QualityResult:
     own = [row for row in record.rows if row.method == method]
     return QualityResult(
         method=method,
-        summary="; ".join(_sentence(row, spec.model) for row in own) + ".",
+        summary=summary(spec.model, record.original.mean, own),
         command=f"python -m benchmarks.run {method}",
         commit=commit(),
         seeds=spec.seeds,
@@ -102,9 +103,14 @@ def measure(file: Path) -> QualityResult:
     )
 
 
-def _sentence(row: Row, model: str) -> str:
-    text = f"{model} keep {row.keep:g}: perplexity {row.perplexity.mean:.2f}"
+def summary(model: str, original: float, rows: Sequence[Row]) -> str:
+    """Return the line that stands in the catalogue; ``rows`` are the method's own."""
+    return f"{model} (perplexity {original:.1f}): " + "; ".join(_words(row) for row in rows) + "."
+
+
+def _words(row: Row) -> str:
+    text = f"keep {row.keep:g} gives {row.perplexity.mean:.1f}"
     if row.difference is None:
         return text
     d = row.difference
-    return f"{text}, {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] nats a token against random"
+    return f"{text}, {d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}] nats against random ({row.verdict})"
