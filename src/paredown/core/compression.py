@@ -65,6 +65,12 @@ class Keeper(Protocol):
     def cut(self, layer: int, edits: list[Edit], view: View | None) -> None:
         """Store a layer's decision and its compressed block (None: the block is gone)."""
 
+    def remark(self, layer: int, text: str) -> None:
+        """Store what the user should be warned of in a layer."""
+
+    def remarks(self, layer: int) -> str | None:
+        """Return a layer's stored warning."""
+
     def commit(self, point: Point) -> None:
         """Make everything so far durable."""
 
@@ -75,6 +81,7 @@ class InMemory:
 
     known_scores: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     known_edits: dict[int, list[Edit]] = field(default_factory=dict)
+    known_remarks: dict[int, str] = field(default_factory=dict)
 
     def resume(self) -> Point | None:
         """Return None: always from the start."""
@@ -95,6 +102,14 @@ class InMemory:
     def cut(self, layer: int, edits: list[Edit], view: View | None) -> None:
         """Remember a decision."""
         self.known_edits[layer] = edits
+
+    def remark(self, layer: int, text: str) -> None:
+        """Remember a warning."""
+        self.known_remarks[layer] = text
+
+    def remarks(self, layer: int) -> str | None:
+        """Return what was remarked in this run."""
+        return self.known_remarks.get(layer)
 
     def commit(self, point: Point) -> None:
         """Nothing to do."""
@@ -167,6 +182,7 @@ class Job:
         if edits and not self._touched:
             raise NothingTouchedError(f"{self.method.name} left every weight as it was; please report this fault.")
         coverage, warnings = _coverage(blocks, self.keeper)
+        warnings += _remarks(self.method.name, blocks, self.keeper)
         return Outcome(edits, share, coverage, warnings, dict(self.stages), peak_memory())
 
     def _layer_by_layer(self, blocks: Sequence[Block], point: Point | None) -> None:
@@ -248,7 +264,9 @@ class Job:
             return view
         with self._timed("cut"):
             digests = audit.digests(view.module)
-            self.method.rewrite(view, edits, self._known(view.part.index))
+            remark = self.method.rewrite(view, edits, self._known(view.part.index))
+            if remark is not None:
+                self.keeper.remark(view.part.index, remark)
             checksums = audit.take(view, edits)
             part = surgery.apply(view.module, view.part, edits)
             after = replace(view, part=part)
@@ -382,3 +400,13 @@ def _coverage(blocks: Sequence[Block], keeper: Keeper) -> tuple[dict[str, Any], 
     count = sum(map(len, unseen.values()))
     text = f"{count} experts in {len(unseen)} layers saw no calibration token; use more or broader data."
     return {"experts_never_seen": unseen}, [text]
+
+
+def _remarks(method: str, blocks: Sequence[Block], keeper: Keeper) -> list[str]:
+    """Return what the method remarked, each text once with the layers it is about."""
+    found: dict[str, list[int]] = {}
+    for block in blocks:
+        text = keeper.remarks(block.index)
+        if text is not None:
+            found.setdefault(text, []).append(block.index)
+    return [f"{method}, layers {', '.join(map(str, layers))}: {text}." for text, layers in found.items()]

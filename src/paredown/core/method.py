@@ -122,8 +122,14 @@ class Compressor(Method):
         """Turn scores into edits, within the budget, exactly. ``scores`` is keyed by layer."""
         raise NotImplementedError
 
-    def rewrite(self, view: View, edits: Sequence[Edit], scores: Scores) -> None:
-        """Change weights that stay, before surgery removes the others. Most methods have nothing to do here."""
+    def rewrite(self, view: View, edits: Sequence[Edit], scores: Scores) -> str | None:
+        """Change weights that stay, before surgery removes the others. Most methods have nothing to do here.
+
+        Returns
+        -------
+        What the user should be warned of in this layer, without naming the layer; None if there is nothing.
+        """
+        return None
 
     def placeholder(self, part: Block) -> dict[str, torch.Tensor]:
         """Scores of the right shapes for a plan: which units go does not matter then, only how many."""

@@ -228,6 +228,15 @@ class StepKeeper:
         state = {f"{stack}.{layer - gone}.{name}": tensor for name, tensor in view.module.state_dict().items()}
         write_tensors(self._file("block", layer, "safetensors"), self.disk_names(state))
 
+    def remark(self, layer: int, text: str) -> None:
+        """Store what the user should be warned of in a layer."""
+        write_text(self._file("remark", layer, "txt"), text)
+
+    def remarks(self, layer: int) -> str | None:
+        """Read a layer's warning."""
+        file = self._file("remark", layer, "txt")
+        return file.read_text(encoding="utf-8") if file.exists() else None
+
     def commit(self, point: Point) -> None:
         """Store where the run is; from here on everything before is known to be whole."""
         note = {"phase": point.phase, "layer": str(point.layer), "touched": str(point.touched)}

@@ -201,6 +201,11 @@ def test_alpha_above_one_is_plain_dropping_bit_for_bit(family):
             keep += [group * size + e for e in sorted(best)]
         edits.append(KeepExperts(layer=layer, keep=tuple(keep), top_k=2))
     assert outcome.edits == edits
+    layers = ", ".join(str(edit.layer) for edit in edits)
+    said = f"dern, layers {layers}: no neuron of a dropped expert is similar enough to move (alpha 1.01): plain dropping."
+    assert said in outcome.warnings
+    everything = DERN(keep=0.5, alpha=-1).compress(matrix.model(family), batch)
+    assert not any("plain dropping" in warning for warning in everything.warnings)
     surgery.apply_model(plain.hf, plain.anatomy, edits)
     now, wanted = moved.hf.state_dict(), plain.hf.state_dict()
     assert now.keys() == wanted.keys()

@@ -79,8 +79,9 @@ class DERN(Compressor):
         return edits
 
     @torch.no_grad()
-    def rewrite(self, view: View, edits: Sequence[Edit], scores: Scores) -> None:
+    def rewrite(self, view: View, edits: Sequence[Edit], scores: Scores) -> str | None:
         """Move segments into the kept experts and let the router follow; surgery removes the rest afterwards."""
+        any_moved = False
         part = view.part.experts
         assert part is not None
         for edit in edits:
@@ -91,6 +92,7 @@ class DERN(Compressor):
             gate_up, down = experts.gate_up_proj, experts.down_proj
             owner, similarity = _nearest(gate_up, down, dropped, kept)
             moved = similarity > self.alpha
+            any_moved = any_moved or bool(moved.any())
             importance, response = scores["importance"], scores["response"]
             _follow(router.weight, owner, moved, dropped, kept)
             if getattr(router, "bias", None) is not None:
@@ -108,6 +110,9 @@ class DERN(Compressor):
             for r, (rows, columns) in new.items():
                 gate_up[r] = rows.to(gate_up.dtype)
                 down[r] = columns.to(down.dtype)
+        if any_moved or not edits:
+            return None
+        return f"no neuron of a dropped expert is similar enough to move (alpha {self.alpha:g}): plain dropping"
 
     def _recombine(
         self,
