@@ -136,7 +136,9 @@ def _sizes(method: Compressor, model: Model) -> _Sized:
     smallest = min(trials, key=lambda t: t[0])
     largest = max(trials, key=lambda t: t[0])
     if smallest[0] == largest[0]:
-        return _Sized(trials[0][1], True, [])
+        # How much goes is certain, where it goes is not: shapes are shown for one of the possible choices.
+        open_choice = ["which layers go depends on the data; those shown stand for as many others."]
+        return _Sized(trials[0][1], True, open_choice if method.scope == "global" and trials[0][1] else [])
     return _Sized(
         smallest[1],
         False,
