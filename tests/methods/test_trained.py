@@ -93,7 +93,8 @@ def test_it_beats_its_random_control_or_the_catalogue_says_that_it_does_not(name
     known = published.measured(name)
     if known is None:
         pytest.skip(f"{name} does not beat random here ({found.low:.3f} to {found.high:.3f}); nothing is published yet")
-    assert "beats random" not in known.summary, "the catalogue claims what this testbed does not show"
+    # It may beat random at another keep or on more rows; what it must not do is claim so throughout.
+    assert "no difference shown" in known.summary, "the catalogue claims what this testbed does not show"
 
 
 def test_camera_in_one_list_beats_an_equal_budget_for_each_expert():
