@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from paredown.core import budget
+from paredown.core import allocation, budget
 from paredown.core.anatomy import Block
 from paredown.core.edits import Edit, KeepExperts
 from paredown.core.method import Compressor, Scores, View, register
@@ -69,14 +69,7 @@ class DERN(Compressor):
 
     def decide(self, blocks: Sequence[Block], scores: Mapping[int, Scores]) -> list[Edit]:
         """Keep the experts with the largest importance, the same number in each layer."""
-        edits: list[Edit] = []
-        for block in blocks:
-            assert block.experts is not None
-            count, top_k = budget.experts(block.experts, self.keep, lower_top_k=self.lower_top_k)
-            if count < block.experts.count:
-                keep = budget.top_per_group(scores[block.index]["importance"], count, block.experts.groups)
-                edits.append(KeepExperts(layer=block.index, keep=keep, top_k=top_k))
-        return edits
+        return allocation.best_experts(blocks, scores, "importance", self.keep, lower_top_k=self.lower_top_k)
 
     @torch.no_grad()
     def rewrite(self, view: View, edits: Sequence[Edit], scores: Scores) -> str | None:

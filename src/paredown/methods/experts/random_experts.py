@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from pydantic import Field
 
-from paredown.core import budget
+from paredown.core import allocation
 from paredown.core.anatomy import Block
-from paredown.core.edits import Edit, KeepExperts
+from paredown.core.edits import Edit
 from paredown.core.method import Compressor, Scores, View, register
 
 
@@ -43,11 +43,4 @@ class RandomExperts(Compressor):
 
     def decide(self, blocks: Sequence[Block], scores: Mapping[int, Scores]) -> list[Edit]:
         """Keep the experts with the largest numbers."""
-        edits: list[Edit] = []
-        for block in blocks:
-            assert block.experts is not None
-            count, top_k = budget.experts(block.experts, self.keep, lower_top_k=self.lower_top_k)
-            if count < block.experts.count:
-                keep = budget.top_per_group(scores[block.index]["score"], count, block.experts.groups)
-                edits.append(KeepExperts(layer=block.index, keep=keep, top_k=top_k))
-        return edits
+        return allocation.best_experts(blocks, scores, "score", self.keep, lower_top_k=self.lower_top_k)
