@@ -10,9 +10,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +22,7 @@ from paredown.core import audit, surgery
 from paredown.core.anatomy import Block
 from paredown.core.edits import DropBlock, Edit
 from paredown.core.method import Compressor, Method, Outcome, Progress, View
-from paredown.core.resources import peak_memory, reset_peak_memory
+from paredown.core.resources import peak_memory, reset_peak_memory, timed
 from paredown.core.sequential import AttentionMemory, Resident, Source, Stream
 from paredown.errors import ArchitectureError, DataError, NothingTouchedError
 
@@ -263,15 +262,10 @@ class Job:
         if not edits:
             return view
         with self._timed("cut"):
-            digests = audit.digests(view.module)
-            remark = self.method.rewrite(view, edits, self._known(view.part.index))
-            if remark is not None:
-                self.keeper.remark(view.part.index, remark)
-            checksums = audit.take(view, edits)
-            part = surgery.apply(view.module, view.part, edits)
-            after = replace(view, part=part)
-            audit.check(checksums, after, edits)
-            self._touched += audit.touched(digests, audit.digests(view.module))
+            after, touched, remark = cut(self.method, view, edits, self._known(view.part.index))
+        if remark is not None:
+            self.keeper.remark(view.part.index, remark)
+        self._touched += touched
         return after
 
     def _finish(self, index: int, edits: list[Edit], after: View | None, phase: str) -> None:
@@ -308,13 +302,25 @@ class Job:
         if self.progress is not None:
             self.progress(done, total, f"{self.method.name}: {text}")
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
+    def _timed(self, stage: str) -> AbstractContextManager[None]:
+        return timed(self.stages, stage)
+
+
+def cut(
+    method: Compressor, view: View, edits: Sequence[Edit], scores: Mapping[str, Tensor]
+) -> tuple[View, int, str | None]:
+    """Carry out one block's edits and check them.
+
+    Returns
+    -------
+    The block as it is now, how many parameters were touched, and what the method remarks.
+    """
+    digests = audit.digests(view.module)
+    remark = method.rewrite(view, edits, scores)
+    checksums = audit.take(view, edits)
+    after = replace(view, part=surgery.apply(view.module, view.part, edits))
+    audit.check(checksums, after, edits)
+    return after, audit.touched(digests, audit.digests(view.module)), remark
 
 
 def compress_in_memory(

@@ -135,10 +135,6 @@ class Compressor(Method):
         """Scores of the right shapes for a plan: which units go does not matter then, only how many."""
         raise NotImplementedError
 
-    def shared(self) -> Mapping[str, Any]:
-        """Hyper-parameters and budget, for records."""
-        return self.model_dump()
-
     def compress(self, model: Model, data: Batch | None, *, seed: int = 0, progress: Progress | None = None) -> Outcome:
         """Compress ``model`` in place, in memory.
 

@@ -8,6 +8,8 @@ import gc
 import os
 import resource
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -41,6 +43,16 @@ def peak_memory() -> int:
 def resident_memory() -> int:
     """Return the resident memory of this process in bytes."""
     return _status("VmRSS")
+
+
+@contextlib.contextmanager
+def timed(stages: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the seconds that the ``with`` block takes to ``stages[stage]``."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        stages[stage] = stages.get(stage, 0.0) + time.perf_counter() - start
 
 
 def available_memory() -> int:

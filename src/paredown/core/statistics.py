@@ -301,27 +301,6 @@ class HeadMoments(Observer):
         return hook
 
 
-class InputMoments(Observer):
-    """Second moments ``X^T X`` of what enters one linear module: sum ``hessian [d, d]`` (or ``diagonal [d]``)."""
-
-    def __init__(self, path: str, *, diagonal: bool = False) -> None:
-        super().__init__()
-        self.path, self.diagonal = path, diagonal
-
-    def attach(self, view: View) -> list[Any]:
-        """Hook the module's input."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = self.flat(args[0]).float()
-            if self.diagonal:
-                self.add("diagonal", x.square().sum(0))
-            else:
-                self.add("hessian", x.T @ x)
-            self.add("total", torch.tensor(float(x.shape[0])))
-
-        return [view.child(self.path).register_forward_pre_hook(hook)]
-
-
 class _Override:
     """Replaces one module's forward until removed."""
 

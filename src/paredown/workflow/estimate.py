@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paredown.core import audit, calibration, checkpoint, compression, surgery
+from paredown.core import calibration, checkpoint, compression
 from paredown.core.anatomy import Block
 from paredown.core.checkpoint import Model, Skeleton
 from paredown.core.edits import DropBlock, Edit
@@ -232,12 +232,7 @@ class _Rehearsal:
         if any(isinstance(e, DropBlock) for e in edits):
             after = None
         elif edits:
-            before_digests = audit.digests(view.module)
-            self.method.rewrite(view, edits, scores)
-            checksums = audit.take(view, edits)
-            after = replace(view, part=surgery.apply(view.module, block, edits))
-            audit.check(checksums, after, edits)
-            audit.touched(before_digests, audit.digests(view.module))
+            after, _, _ = compression.cut(self.method, view, edits, scores)
         cut = time.perf_counter() - began
         replay = advance(after, replay=memory) if memory is not None and self.calibration_rows else 0.0
         if after is None:

@@ -447,6 +447,3 @@ def _link_or_copy(source: str, target: str) -> None:
         Path(target).hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
-
-
-__all__ = ["Planned", "Stream", "read_record", "run"]

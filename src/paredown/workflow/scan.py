@@ -7,8 +7,7 @@ hidden states of the calibration sequences. Without data the views of weights al
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Skeleton
 from paredown.core.compression import stream_of
 from paredown.core.method import Progress, View
-from paredown.core.resources import peak_memory, reset_peak_memory
+from paredown.core.resources import peak_memory, reset_peak_memory, timed
 from paredown.core.sequential import OnDisk, Stream, layer_config
 from paredown.errors import OutputError
 from paredown.report import scanpage
@@ -190,13 +189,8 @@ class _Scan:
         if self.progress is not None:
             self.progress(self.done, self.total, "scanning blocks")
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
+    def _timed(self, stage: str) -> AbstractContextManager[None]:
+        return timed(self.stages, stage)
 
 
 def _reads_on(skeleton: Skeleton) -> bool:
