@@ -11,6 +11,7 @@
     ├── BudgetError               a keep, top-k or group constraint that cannot be met
     ├── OutputError               a folder that exists, cannot be written, or belongs to another run
     ├── NothingTouchedError       a step that would leave every weight as it was
+    ├── PolicyError               a policy that cannot run here, or two that do not go together
     ├── GateError                 exit code 3   quality fell beyond the stated loss
     └── ProofError                exit code 4   the written result is not the model that was in memory
 
@@ -66,6 +67,10 @@ class OutputError(ParedownError):
 
 class NothingTouchedError(ParedownError):
     """A step changed nothing although its budget asked for a change."""
+
+
+class PolicyError(ParedownError):
+    """A policy that cannot be attached to this model, this cache, or next to another policy."""
 
 
 class GateError(ParedownError):

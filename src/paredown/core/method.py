@@ -1,5 +1,6 @@
 """What a method is: a frozen pydantic model whose fields are its hyper-parameters.
 
+- Five kinds, by when they act; :class:`Compressor`, :class:`Policy` and :class:`Probe` are written so far.
 - Registering is one decorator, :func:`register`; README table, docs, command line and test matrix follow from it.
 - Class attributes say what the catalogue needs to know; the first paragraph of the docstring is its summary.
 - Importing this module imports no torch, so that methods can be listed in an instant.
@@ -8,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -18,11 +20,13 @@ from paredown.core.edits import Edit
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from paredown.core.anatomy import Block
+    from paredown.core.attach import Attachment
     from paredown.core.calibration import Batch
     from paredown.core.checkpoint import Model
+    from paredown.core.runtime import Runtime
     from paredown.core.statistics import Observer
 
 Scores = Mapping[str, "torch.Tensor"]
@@ -31,6 +35,10 @@ Axis = Literal[
 ]
 Kind = Literal["compressor", "policy", "training", "selector", "probe"]
 Progress = Callable[[int, int, str], None]
+Place = Literal[
+    "vision tower", "visual prompt", "visual stream", "token stream", "heads", "keys", "values", "slots", "reads"
+]
+P = TypeVar("P", bound="Policy")
 
 
 class Method(BaseModel):
@@ -155,6 +163,71 @@ class Compressor(Method):
         from paredown.core import compression
 
         return compression.compress_in_memory(self, model, data, seed=seed, progress=progress)
+
+
+class Policy(Method):
+    """A method that acts while the model runs: attached, it makes passes cheaper; detached, the model is as it was.
+
+    A subclass writes ``runtime``: what it does at the seams that the core offers (see ``core.runtime``). ``places``
+    names what it acts on; two policies that share a place are refused together.
+    """
+
+    kind: ClassVar[Kind] = "policy"
+    places: ClassVar[frozenset[Place]] = frozenset()
+
+    keep: float = Field(0.5, gt=0, le=1, description="Share of the units that stay; 1 changes nothing.")
+
+    @property
+    def inert(self) -> bool:
+        """Whether the policy would change nothing: then no seam is touched."""
+        return self.keep == 1
+
+    def runtime(self, model: Model) -> Runtime:
+        """Return what the policy does while it is attached to ``model``.
+
+        Raises
+        ------
+        ArchitectureError
+            If the model lacks what the policy acts on.
+        PolicyError
+            If the policy lacks something that :meth:`prepare` makes.
+        """
+        raise NotImplementedError
+
+    def prepare(
+        self: P,
+        model: Model,
+        data: Batch | None,
+        *,
+        seed: int = 0,
+        folder: str | None = None,
+        progress: Progress | None = None,
+    ) -> P:
+        """Return this policy with all that it must learn or measure beforehand; most need nothing and return self.
+
+        Parameters
+        ----------
+        model : is left exactly as it was
+        data : calibration tokens ``[N, T]``; None for policies that make their own
+        seed : fixes whatever is drawn
+        folder : where learned weights are written; small numbers become fields and need no file
+        progress : called as ``progress(done, total, text)``
+        """
+        return self
+
+    @contextmanager
+    def attach(self, model: Model | PreTrainedModel) -> Iterator[Attachment]:
+        """Make ``model`` run under this policy for as long as the context is open.
+
+        Raises
+        ------
+        ArchitectureError, PolicyError
+            If the model cannot run under it; then nothing was touched.
+        """
+        from paredown.core.attach import attach
+
+        with attach(model, self) as attachment:
+            yield attachment
 
 
 class Probe(Method):

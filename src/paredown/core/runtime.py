@@ -1,0 +1,135 @@
+"""What a policy does while it is attached: the hooks that the seams call, each doing nothing unless overridden.
+
+- ``Runtime`` holds what belongs to the attachment (hyper-parameters turned into numbers a layer, trained gates).
+- What belongs to one sequence lives in its cache, in the stores that ``store`` and ``partition`` return: there it is
+  reordered, repeated and cropped together with keys and values.
+- What belongs to one forward pass lives in ``Pass.memo``.
+- A seam is installed only if some runtime overrides its hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from paredown.core.attention import Call
+    from paredown.core.cache import Store
+    from paredown.core.checkpoint import Model
+    from paredown.core.method import Policy
+    from paredown.core.stream import Stream
+    from paredown.core.visual import Features
+
+
+@dataclass
+class Pass:
+    """One forward pass of the language model.
+
+    ``length`` counts the new tokens of each row, ``past`` those the cache had before: both logical, whatever the cache
+    stores. ``padding`` is ``[B, past + length]``, true for real tokens; None if there is no padding. ``visual`` is
+    ``[B, length]``, true where a token stands for a piece of an image; None where there are none. ``memo`` is scratch
+    for runtimes, forgotten when the pass ends.
+    """
+
+    batch: int
+    length: int
+    past: int
+    padding: Tensor | None
+    cache: Cache | None
+    visual: Tensor | None = None
+    ids: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stop(self) -> int:
+        """Logical length after the pass."""
+        return self.past + self.length
+
+    @property
+    def prefill(self) -> bool:
+        """Whether more than one new token is read."""
+        return self.length > 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some KV heads of a layer and how they are stored; ``heads`` None means all, ``make`` None the growing store."""
+
+    heads: Tensor | None
+    make: Callable[[], Store] | None
+
+
+class Runtime:
+    """Base of what policies do. ``layers`` are the indices of the blocks it acts on.
+
+    Attributes
+    ----------
+    policy : the method, with its fields
+    model : the model it is attached to
+    """
+
+    def __init__(self, policy: Policy, model: Model) -> None:
+        self.policy, self.model = policy, model
+
+    def touches(self, layer: int, window: int | None) -> bool:
+        """Whether the policy changes how this layer's cache is stored or read.
+
+        ``window`` is the sliding window of layers that have one: their caches are bounded already.
+        """
+        return window is None
+
+    # The cache seam.
+
+    def partition(self, layer: int) -> Sequence[Part] | None:
+        """Divide the layer's KV heads into parts that are stored differently; None leaves them together."""
+        return None
+
+    def store(self, layer: int) -> Store | None:
+        """Return how keys and values that may grow are stored; None leaves that to the core."""
+        return None
+
+    # The attention seam.
+
+    def attend(self, call: Call) -> Tensor | None:
+        """Compute attention over what the cache holds, ``[B, Q, H, d]``; None leaves it to the core."""
+        return None
+
+    def watch(self, call: Call) -> None:
+        """Look at queries, keys and values of a layer of the language model before attention is computed."""
+
+    # The token stream of the language model.
+
+    def before(self, layer: int, stream: Stream) -> None:
+        """Change the stream before the block ``layer`` runs."""
+
+    def after(self, layer: int, stream: Stream) -> None:
+        """Change the stream after the block ``layer`` ran; ``stream.hidden`` is its output."""
+
+    # The vision tower.
+
+    def look(self, call: Call) -> None:
+        """Look at queries, keys and values of a layer of the vision tower."""
+
+    def after_vision(self, layer: int, stream: Stream) -> None:
+        """Change the vision tower's stream after its block ``layer`` ran."""
+
+    def features(self, features: Features) -> None:
+        """Choose among the features of images, once they are known and before the language model sees them."""
+
+    # The pass.
+
+    def begin(self, now: Pass) -> None:
+        """Announce a forward pass of the language model."""
+
+    def end(self, now: Pass) -> None:
+        """Announce that the pass is over (also after an error)."""
+
+
+def overrides(runtime: Runtime, hook: str) -> bool:
+    """Whether ``runtime`` does something at the hook."""
+    return getattr(type(runtime), hook) is not getattr(Runtime, hook)
