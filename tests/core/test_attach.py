@@ -221,7 +221,7 @@ def test_a_policy_that_keeps_all_touches_nothing():
 
 
 def test_a_window_equals_attention_under_a_mask():
-    """After the first pass a query sees the first 2 tokens, the last 3 before its pass, and its own pass up to itself."""
+    """A query sees the first 2 tokens, the last 3 before its pass, and its own pass up to itself."""
     hf = families.llama()
     tokens, first = ids(1, 14), 6
     with attached(hf, Window):

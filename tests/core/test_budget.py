@@ -194,3 +194,31 @@ def test_experts_of_unequal_width_are_found():
     ragged = replace(experts(2), widths=(3, 4))
     with pytest.raises(ArchitectureError, match="layer 3 are of unequal width"):
         budget.even(replace(block, experts=ragged))
+
+
+class TestFloored:
+    @pytest.mark.parametrize(
+        ("n", "keep", "count"), [(10, 0.9, 9), (10, 0.1, 1), (144, 0.22, 31), (7, 0.3, 2), (5, 0.1, 0)]
+    )
+    def test_is_the_floor_of_the_decimal(self, n, keep, count):
+        assert budget.floored(n, keep) == count
+        assert budget.floored(n, keep, least=1) == max(1, count)
+
+    def test_nothing_stays_where_there_is_nothing(self):
+        assert budget.floored(0, 0.5, least=1) == 0
+
+
+class TestShareCapped:
+    @pytest.mark.parametrize("total", [0, 1, 5, 9, 12, 50])
+    def test_is_exact_and_keeps_the_caps(self, total):
+        caps = [3, 5, 4, 0]
+        parts = budget.share_capped(total, [1.0, 7.0, 0.0, 2.0], caps)
+        assert sum(parts) == min(total, 12)
+        assert all(part <= cap for part, cap in zip(parts, caps, strict=True))
+
+    def test_is_plain_sharing_where_there_is_room(self):
+        weights = [1.0, 2.0, 4.0]
+        assert budget.share_capped(14, weights, [99] * 3) == budget.share(14, weights) == [2, 4, 8]
+
+    def test_zero_weights_share_equally(self):
+        assert budget.share_capped(6, [0.0, 0.0, 0.0], [9, 9, 9]) == [2, 2, 2]

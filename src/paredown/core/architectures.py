@@ -84,3 +84,7 @@ MLP_DOWN = ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "output.dense", "w2",
 MLP_FUSED = ("gate_up_proj",)
 VISION = ("vision_tower", "visual", "vision_model", "vision_encoder")
 PROJECTOR = ("multi_modal_projector", "merger", "connector", "aligner", "projector")
+CLASS_TOKEN = ("class_embedding", "cls_token")
+
+# Families in whose vision tower patches may leave: what follows it is known to take a grid with gaps.
+THINNABLE = frozenset({"internvl", "llava", "llava_next", "qwen2_vl"})

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from paredown.core import anatomy as anatomy_module
-from paredown.core import attention, visual
+from paredown.core import attention
 from paredown.core.attention import Call, Seat, compute, visible
 from paredown.core.cache import PolicyLayer, Store, nbytes
 from paredown.core.checkpoint import Model
+from paredown.core.images import visual
 from paredown.core.method import Place, Policy
 from paredown.core.runtime import Part, Pass, Runtime, overrides
 from paredown.core.stream import Stream
@@ -216,9 +217,9 @@ class Attachment:
             past=past,
             padding=_padding(kwargs.get("attention_mask"), past + length),
             cache=cache,
-            visual=self._eye.places(batch, length),
-            ids=ids if ids is not None else self._eye.ids,
+            ids=ids,
         )
+        self._eye.see(self.now)
         self.last = cache if cache is not None else self.last
         self.stream = Stream(self.now) if self._streams else None
         self._pending = []
@@ -248,11 +249,18 @@ class Attachment:
                 return kwargs
             cache = DynamicCache(config=config)
             kwargs = {**kwargs, "past_key_values": cache}
-        self._adopt(cache, config)
+        self.adopt(cache)
         return kwargs
 
-    def _adopt(self, cache: Any, config: Any) -> None:
-        """Put our layers into an empty cache; accept one that has them."""
+    def adopt(self, cache: Any) -> None:
+        """Put our layers into an empty cache; accept one that has them. A first pass does so by itself.
+
+        Raises
+        ------
+        PolicyError
+            If it is no dynamic cache, or holds tokens that were read without these policies.
+        """
+        config: Any = self.model.hf.get_submodule(self._tower.decoder).config
         if getattr(cache, "offloading", False):
             raise PolicyError("an offloaded cache does not go with a policy; drop cache_implementation='offloaded'.")
         if not isinstance(cache, DynamicCache):
@@ -313,6 +321,9 @@ class Attachment:
         call.now = now
         if self.stream is not None:
             call.rows, call.ordered, call.sizes = self.stream.rows, self.stream.ordered, self.stream.sizes
+            if call.rows is not None:
+                # Flash attention would take gaps in the positions for the borders of packed sequences.
+                call.options.pop("position_ids", None)
         layers = now.cache.layers if now.cache is not None else ()
         index = getattr(call.module, "layer_idx", seat.layer)
         held = layers[index] if index < len(layers) else None
@@ -359,7 +370,7 @@ class Attachment:
             for runtime in self._before:
                 stream.told(kwargs)
                 runtime.before(layer, stream)
-            if stream.rows is None:
+            if not stream.changed:
                 return None
             told = stream.told(kwargs)
             if args:

@@ -127,8 +127,8 @@ def visible(call: Call, held: Tensor | None, count: int, sizes: Tensor | None = 
     Parameters
     ----------
     call : the rows and the model's own mask
-    held : logical positions of the entries, ``[B, K]`` or ``[B, Hkv, K]``, -1 where a slot is empty; None if entry ``k``
-        is token ``k``
+    held : logical positions of the entries, ``[B, K]`` or ``[B, Hkv, K]``, -1 where a slot is empty; None if entry
+        ``k`` is token ``k``
     count : K
     sizes : ``[B, K]``, how many tokens were merged into each entry: it counts that often; None for once
 
@@ -153,9 +153,10 @@ def _seen(call: Call, held: Tensor | None, count: int) -> Visible:
     if held is None and call.rows is None and (mask is None or mask.dim() == 4):
         if mask is not None:
             return Visible(mask)
-        if length == 1 or length == count:
+        if length == count or (length == 1 and not _narrow(call)):
             return Visible(None, causal=length > 1 and call.causal)
-    if mask is None and call.ordered and (held is call.rows or not call.causal) and length == count:
+    in_order = call.ordered and (held is call.rows or not call.causal) and not _narrow(call)
+    if mask is None and in_order and length == count:
         return Visible(None, causal=length > 1 and call.causal)
     if held is None:
         held = torch.arange(count, device=call.query.device)[None]
@@ -163,11 +164,9 @@ def _seen(call: Call, held: Tensor | None, count: int) -> Visible:
     columns = held if held.dim() == 3 else held[:, None]
     there = (columns >= 0)[:, :, None]
     if mask is None or mask.dim() == 2:
-        # Sliding windows need no look here: where they hide something, transformers hands over a mask.
-        seen = there & (columns[:, :, None] <= rows[:, None, :, None]) if call.causal else there
+        seen = there & _before(call, columns, rows) if call.causal else there
         if mask is not None:
-            real = mask.bool()[:, None].expand(-1, columns.shape[1], -1)
-            seen = seen & real.gather(2, columns.clamp_min(0).expand(real.shape[0], -1, -1))[:, :, None]
+            seen = seen & _at(mask.bool(), columns)
         return Visible(seen)
     batch, heads = call.query.shape[0], columns.shape[1]
     own = (rows - call.past).clamp_min(0)[:, None, :, None]
@@ -177,9 +176,36 @@ def _seen(call: Call, held: Tensor | None, count: int) -> Visible:
     wanted = columns.clamp_min(0).expand(batch, heads, -1)[:, :, None].expand(-1, -1, picked.shape[2], -1)
     picked = picked.expand(batch, heads, -1, -1).gather(3, wanted)
     if call.causal and call.rows is not None and not call.ordered:
-        # Rows that came back stand before this pass, where the model made no row of its mask for them.
-        picked = _hide(picked, columns[:, :, None] > rows[:, None, :, None])
+        # Rows that came back stand before this pass, where the model made no row of its mask for them: a plain one.
+        own_row = there & _before(call, columns, rows)
+        if call.now is not None and call.now.padding is not None:
+            own_row = own_row & _at(call.now.padding, columns)
+        back = (rows < call.past)[:, None, :, None]
+        picked = _hide(picked.masked_fill(back, picked.dtype == torch.bool), back & ~own_row)
     return Visible(_hide(picked, ~there))
+
+
+def _window(call: Call) -> int | None:
+    width = call.options.get("sliding_window")
+    return width if isinstance(width, int) else None
+
+
+def _narrow(call: Call) -> bool:
+    """Whether a sliding window hides something although there is no mask: the flash functions make it themselves."""
+    width = _window(call)
+    return width is not None and call.now is not None and call.now.stop > width
+
+
+def _before(call: Call, columns: Tensor, rows: Tensor) -> Tensor:
+    """Return which columns ``[B, 1 or Hkv, K]`` rows ``[B, Q]`` may see: none behind them, none before their window."""
+    seen = columns[:, :, None] <= rows[:, None, :, None]
+    width = _window(call)
+    return seen if width is None else seen & (columns[:, :, None] > rows[:, None, :, None] - width)
+
+
+def _at(real: Tensor, columns: Tensor) -> Tensor:
+    real = real[:, None].expand(-1, columns.shape[1], -1)
+    return real.gather(2, columns.clamp_min(0).expand(real.shape[0], -1, -1))[:, :, None]
 
 
 def _hide(mask: Tensor, hidden: Tensor) -> Tensor:
@@ -194,8 +220,7 @@ def compute(call: Call, keys: Tensor, values: Tensor, seen: Visible) -> Tensor:
     A query that sees nothing (a filler row) gets zeros or garbage, never NaN.
     """
     batch, heads, length, _ = call.query.shape
-    special = any(call.options.get(name) is not None for name in _UNPACKABLE)
-    if special or seen.causal or (length > PACKED_QUERIES and call.groups > 1):
+    if special(call) or seen.causal or (length > PACKED_QUERIES and call.groups > 1):
         return _own(call, keys, values, seen)
     mask, group = seen.mask, call.groups
     query = call.query
@@ -210,6 +235,11 @@ def compute(call: Call, keys: Tensor, values: Tensor, seen: Visible) -> Tensor:
         mask = mask.to(query.dtype)
     out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=call.scaling)
     return out.reshape(batch, heads, length, -1).transpose(1, 2)
+
+
+def special(call: Call) -> bool:
+    """Whether the model's attention does more than a softmax over scaled products (soft caps, sinks, biases)."""
+    return any(call.options.get(name) is not None for name in _UNPACKABLE)
 
 
 def _own(call: Call, keys: Tensor, values: Tensor, seen: Visible) -> Tensor:
@@ -371,7 +401,29 @@ class _Captured(Exception):  # noqa: N818 (it is no error)
 
 class _Capture:
     def attention(self, seat: Seat, call: Call) -> Tensor:
-        raise _Captured(call.query, call.key, call.value, call.scaling)
+        raise _Captured(call)
+
+
+def captured(attention: nn.Module, run: Callable[[], Any]) -> Call:
+    """Return the call that ``attention`` (see :func:`attender`) would make while ``run`` runs, which ends there.
+
+    Raises
+    ------
+    PolicyError
+        If no policy is attached, or the module does not attend by transformers' registry.
+    """
+    before = _SEATS.get(attention)
+    if before is None:
+        raise PolicyError("queries and keys can be captured only while a policy is attached.")
+    _SEATS[attention] = Seat(_Capture(), before.tower, before.layer, before.own)
+    try:
+        run()
+    except _Captured as found:
+        call: Call = found.args[0]
+        return call
+    finally:
+        _SEATS[attention] = before
+    raise PolicyError("the model's attention does not go through transformers' attention registry.")
 
 
 def capture(attention: nn.Module, hidden: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -383,15 +435,6 @@ def capture(attention: nn.Module, hidden: Tensor, options: dict[str, Any]) -> tu
     hidden : ``[B, T, D]``, what its projections read (after the block's first norm)
     options : the keyword arguments its block was called with, for these rows
     """
-    before = _SEATS.get(attention)
-    if before is None:
-        raise PolicyError("queries and keys can be captured only while a policy is attached.")
-    _SEATS[attention] = Seat(_Capture(), before.tower, before.layer, before.own)
-    try:
-        attention(hidden, **{**options, "past_key_values": None, "use_cache": False})
-    except _Captured as found:
-        query, key, value, scaling = found.args
-        return query, key, value, scaling
-    finally:
-        _SEATS[attention] = before
-    raise PolicyError("the model's attention does not go through transformers' attention registry.")
+    told = {**options, "past_key_values": None, "use_cache": False}
+    call = captured(attention, lambda: attention(hidden, **told))
+    return call.query, call.key, call.value, call.scaling

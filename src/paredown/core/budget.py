@@ -28,6 +28,11 @@ def kept(n: int, keep: float, *, step: int = 1) -> int:
     return min(n, -(-(n - removed(n, keep)) // step) * step)
 
 
+def floored(n: int, keep: float, *, least: int = 0) -> int:
+    """Return ``floor(n * keep)`` without losing a unit to binary fractions, but ``least`` at least, if there are."""
+    return min(n, max(least, math.floor(n * Fraction(repr(float(keep))))))
+
+
 def top(scores: Tensor, count: int) -> tuple[int, ...]:
     """Return the indices of the ``count`` largest scores, in ascending order of index; ties keep the lower index.
 
@@ -90,6 +95,23 @@ def share(total: int, weights: Sequence[float]) -> list[int]:
     order = sorted(range(len(parts)), key=lambda i: (-(exact[i] - parts[i]), i))
     for i in order[: total - sum(parts)]:
         parts[i] += 1
+    return parts
+
+
+def share_capped(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
+    """Split ``total`` like :func:`share`, none above its cap: what does not fit goes to the others.
+
+    All weights of those that have room may be zero: then they share equally.
+    """
+    parts = [0] * len(caps)
+    left = min(total, sum(caps))
+    while left:
+        room = [i for i, cap in enumerate(caps) if parts[i] < cap]
+        wanted = [weights[i] for i in room]
+        for i, more in zip(room, share(left, wanted if any(wanted) else [1.0] * len(room)), strict=True):
+            more = min(more, caps[i] - parts[i])
+            parts[i] += more
+            left -= more
     return parts
 
 

@@ -11,17 +11,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from paredown.core.attention import Call, compute, queries_of, visible
 from paredown.errors import PolicyError
 
 CHUNK = 256
-"""Entries that a growing store allocates at a time, at least."""
+"""Entries that a growing store allocates ahead, at most; short ones an eighth of what they hold."""
 
 
 class Entries:
@@ -95,8 +96,8 @@ class Entries:
     def _grow(self, needed: int) -> None:
         assert self._keys is not None
         assert self._values is not None
-        # Copying all once in CHUNK steps costs a fraction 1/CHUNK of reading all at each step.
-        size = needed + CHUNK
+        # Copying all once in n steps costs a fraction 1/n of reading all at each step.
+        size = needed + min(CHUNK, max(8, needed // 8))
         for name in ("_keys", "_values"):
             old: Tensor = getattr(self, name)
             new = old.new_empty((*old.shape[:2], size, old.shape[3]))
@@ -113,9 +114,7 @@ class Entries:
             self._positions = self._positions[:, None].expand(-1, heads, -1)
         at = index.clamp_min(0)
         self._positions = self._positions.gather(-1, at).masked_fill(index < 0, -1)
-        wide = (at if at.dim() == 3 else at[:, None].expand(-1, heads, -1))[..., None]
-        self._keys = self.keys.gather(2, wide.expand(-1, -1, -1, self.keys.shape[3]))
-        self._values = self.values.gather(2, wide.expand(-1, -1, -1, self.values.shape[3]))
+        self._keys, self._values = gathered(self.keys, index), gathered(self.values, index)
         self.sizes = None if self.sizes is None else self.sizes.gather(1, at)
         self.length = index.shape[-1]
 
@@ -125,7 +124,7 @@ class Entries:
         if self._positions is None and start > 0:
             self._positions = torch.arange(self.length, device=self.keys.device).expand(self.keys.shape[0], -1)
         if self._positions is not None:
-            self._positions = self._positions[..., start:stop]
+            self._positions = own_memory(self._positions[..., start:stop])
         self._keys, self._values = self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone()
         self.sizes = None if self.sizes is None else self.sizes[:, start:stop]
         self.length = stop - start
@@ -253,6 +252,21 @@ def packed(keep: Tensor) -> Tensor:
     return order.masked_fill(~keep.gather(-1, order), -1)
 
 
+def gathered(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return the entries ``index`` (``[B, m]`` or ``[B, Hkv, m]``, -1 for any) of ``tensor`` ``[B, Hkv, K, d]``."""
+    at = index.clamp_min(0)
+    if len(at) == 1 and at.dim() == 2:
+        return tensor.index_select(2, at[0])  # much cheaper than gathering number by number
+    wide = at if at.dim() == 3 else at[:, None].expand(-1, tensor.shape[1], -1)
+    return tensor.gather(2, wide[..., None].expand(-1, -1, -1, tensor.shape[3]))
+
+
+def windows(config: Any, layers: int) -> list[int | None]:
+    """Return each layer's sliding window as its cache has it; None where there is none."""
+    known = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config.get_text_config()).layers]
+    return [known[layer] if layer < len(known) else None for layer in range(layers)]
+
+
 class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
     """One layer of a cache under a policy.
 
@@ -260,6 +274,12 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
     ----------
     parts : pairs of KV heads (``[n]`` indices, None for all) and their store
     window : the sliding window of the layer that this one replaces, or None
+
+    Attributes
+    ----------
+    seen : tokens seen
+    gone : ``[B, n]`` logical positions (-1 for none) of tokens that left before the first block and after which all
+        others moved up; None while every token has the position that the model gave it
     """
 
     is_croppable = True
@@ -269,6 +289,8 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
         self.owner, self.parts, self.window = owner, parts, window
         self.is_sliding = window is not None
         self.seen = 0
+        self.gone: Tensor | None = None
+        self._order: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is allocated before the first keys come."""
@@ -290,15 +312,33 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
         """Return attention over all that is held, ``[B, Q, H, d]``, and keep what the stores keep."""
         if len(self.parts) == 1 and self.parts[0][0] is None:
             return self.parts[0][1].attend(call)
-        batch, heads, length, _ = call.query.shape
-        out = call.query.new_empty((batch, length, heads, call.value.shape[-1]))
+        heads, queries, back = self._arranged(call)
+        query, key, value = call.query, call.key, call.value
+        if back is not None:
+            query, key, value = query.index_select(1, queries), key.index_select(1, heads), value.index_select(1, heads)
+        outs, start = [], 0
         for index, store in self.parts:
             assert index is not None
             if len(index) == 0:
                 continue
-            at = index.to(out.device)
-            out[:, :, queries_of(at, call.groups)] = store.attend(call.heads(at))
-        return out
+            stop, group = start + len(index), call.groups
+            few = replace(
+                call, query=query[:, start * group : stop * group], key=key[:, start:stop], value=value[:, start:stop]
+            )
+            outs.append(store.attend(few))
+            start = stop
+        out = torch.cat(outs, dim=2)
+        return out if back is None else out.index_select(2, back)
+
+    def _arranged(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return KV heads and query heads part by part, and the way back (None if they are in order); made once."""
+        device = call.query.device
+        if self._order is None or self._order[0].device != device:
+            heads = torch.cat([index for index, _ in self.parts if index is not None]).to(device)
+            queries = queries_of(heads, call.groups)
+            plain = bool((heads == torch.arange(len(heads), device=device)).all())
+            self._order = heads, queries, None if plain else queries.argsort()
+        return self._order
 
     @property
     def stores(self) -> list[Store]:
@@ -308,7 +348,13 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
     @property
     def nbytes(self) -> int:
         """Bytes that the layer keeps allocated, spare room included."""
-        return allocated(tensor for store in self.stores for tensor in store.tensors())
+        return allocated(self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor that the layer keeps alive."""
+        yield from (tensor for store in self.stores for tensor in store.tensors())
+        if self.gone is not None:
+            yield self.gone
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -326,7 +372,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
         """Forget everything."""
         for store in self.stores:
             store.reset()
-        self.seen, self.is_initialized = 0, False
+        self.seen, self.is_initialized, self.gone = 0, False, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens (a negative number, as in transformers)."""
@@ -334,6 +380,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
         for store in self.stores:
             store.crop(stop)
         self.seen = stop
+        self.gone = None if self.gone is None else self.gone.masked_fill(self.gone >= stop, -1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -353,6 +400,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
         if self.seen:
             for store in self.stores:
                 store.batch(index)
+            self.gone = None if self.gone is None else self.gone.index_select(0, index.to(self.gone.device))
 
     def offload(self) -> None:
         """Refuse: what a policy holds stays where the model is."""
@@ -379,7 +427,7 @@ def nbytes(cache: Any) -> int:
     found: list[Tensor] = []
     for layer in cache.layers:
         if isinstance(layer, PolicyLayer):
-            found += [tensor for store in layer.stores for tensor in store.tensors()]
+            found += layer.tensors()
         else:
             found += [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
     return allocated(found)

@@ -13,9 +13,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -41,6 +41,9 @@ from paredown.core.resources import release_memory
 from paredown.core.tensors import DTYPES, OnFile, check_finite
 from paredown.errors import ArchitectureError, CheckpointError
 
+if TYPE_CHECKING:
+    from paredown.core.method import Policy
+
 _GENERATION = "generation_config.json"
 
 
@@ -48,7 +51,8 @@ _GENERATION = "generation_config.json"
 class Model:
     """A Hugging Face model, its tokenizer or processor and its anatomy, together.
 
-    ``source`` is what the user gave; ``folder`` the local folder it was read from (None for a model from memory).
+    ``source`` is what the user gave; ``folder`` the local folder it was read from (None for a model from memory);
+    ``policies`` act on it since it was loaded, until :meth:`detach`.
     """
 
     hf: PreTrainedModel
@@ -57,6 +61,8 @@ class Model:
     anatomy: Anatomy
     source: str
     folder: Path | None = None
+    policies: tuple[Policy, ...] = ()
+    _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
 
     @classmethod
     def of(cls, hf: PreTrainedModel, tokenizer: Any = None, processor: Any = None) -> Model:
@@ -73,24 +79,46 @@ class Model:
         tied = set(getattr(self.hf, "all_tied_weights_keys", None) or ())
         return sum(p.numel() for name, p in self.hf.named_parameters(remove_duplicate=False) if name not in tied)
 
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Generate, as the Hugging Face model does."""
+        generates: Any = self.hf
+        return generates.generate(*args, **options)
+
+    def hold(self, policies: tuple[Policy, ...]) -> None:
+        """Attach policies until :meth:`detach`, instead of for one context."""
+        from paredown.core.attach import attach
+
+        self._held.enter_context(attach(self, *policies))
+        self.policies = policies
+
+    def detach(self) -> None:
+        """Take off the policies that the model was loaded with."""
+        self._held.close()
+        self.policies = ()
+
     def save(self, out: str | Path) -> None:
-        """Write a standard checkpoint folder (weights, config, generation config, tokenizer)."""
+        """Write a standard checkpoint folder (weights, config, generation config, tokenizer, policies)."""
         out = Path(out)
         self.hf.save_pretrained(out)
+        if self.policies:
+            from paredown.core import policy_file
+
+            policy_file.write(out, self.policies)
         if self.folder is not None:
             files.copy_extras(self.folder, out)
         elif self.tokenizer is not None:
             self.tokenizer.save_pretrained(out)
 
 
-def load(ref: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> Model:
-    """Load a checkpoint into memory: plain ones, and those whose layers differ.
+def load(ref: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", policies: bool = True) -> Model:
+    """Load a checkpoint into memory: plain ones, those whose layers differ, and those that bring policies.
 
     Parameters
     ----------
     ref : hub id, local folder or ``testbed:NAME``
     dtype : ``auto`` keeps the checkpoint's
     device : ``cpu``, ``cuda``, ...
+    policies : attach what the folder's ``policy.yaml`` names; ``Model.detach`` takes it off
 
     Raises
     ------
@@ -100,6 +128,7 @@ def load(ref: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "c
     folder = files.locate(ref)
     config = read_config(folder)
     cls = model_class(config, folder)
+    stored = _policies(folder) if policies else ()
     with quiet(), layered.layered(config):
         try:
             hf, report = cls.from_pretrained(
@@ -114,7 +143,19 @@ def load(ref: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "c
     for name, tensor in hf.state_dict().items():
         check_finite(folder, name, tensor)
     hf = cast(PreTrainedModel, hf.to(device).eval())
-    return Model(hf, read_tokenizer(folder), read_processor(folder), anatomy_module.find(hf), str(ref), folder)
+    model = Model(hf, read_tokenizer(folder), read_processor(folder), anatomy_module.find(hf), str(ref), folder)
+    if stored:
+        model.hold(stored)
+    return model
+
+
+def _policies(folder: Path) -> tuple[Policy, ...]:
+    """Read ``policy.yaml`` where there is one; methods are imported for nobody else."""
+    if not (folder / "policy.yaml").is_file():
+        return ()
+    from paredown.core import policy_file
+
+    return policy_file.read(folder)
 
 
 @dataclass

@@ -25,7 +25,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100 * 2**20
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "LICENSE*", "README.md"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "LICENSE*", "README.md",
+              "policy.yaml", "policies/*.safetensors"]  # fmt: skip
 _EXTRA_PREFIXES = (
     "tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "LICENSE", "NOTICE",
 )  # fmt: skip

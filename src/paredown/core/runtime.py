@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from paredown.core.attention import Call
     from paredown.core.cache import Store
     from paredown.core.checkpoint import Model
+    from paredown.core.images.visual import Features
     from paredown.core.method import Policy
     from paredown.core.stream import Stream
-    from paredown.core.visual import Features
 
 
 @dataclass
@@ -32,8 +32,9 @@ class Pass:
 
     ``length`` counts the new tokens of each row, ``past`` those the cache had before: both logical, whatever the cache
     stores. ``padding`` is ``[B, past + length]``, true for real tokens; None if there is no padding. ``visual`` is
-    ``[B, length]``, true where a token stands for a piece of an image; None where there are none. ``memo`` is scratch
-    for runtimes, forgotten when the pass ends.
+    ``[B, length]``, true where a token stands for a piece of an image; None where there are none. ``images`` tells of
+    which image, counted over the batch (beams share theirs), -1 elsewhere. ``memo`` is scratch for runtimes, forgotten
+    when the pass ends.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class Pass:
     padding: Tensor | None
     cache: Cache | None
     visual: Tensor | None = None
+    images: Tensor | None = None
     ids: Tensor | None = None
     memo: dict[str, Any] = field(default_factory=dict)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paredown.core.cache import packed
 from paredown.core.runtime import Pass
+from paredown.errors import PolicyError
 
 Rotate = Callable[[Any, Tensor], Any]
 
@@ -47,7 +48,9 @@ class Stream:
         self._whole: Tensor | None = None
         self._ids: Tensor | None = None
         self._foreign = False
-        self._aside: tuple[Tensor, Tensor | None, Tensor | None, bool, Tensor] | None = None
+        self._count: int | None = None
+        self._turned: dict[int, tuple[Tensor, Any]] = {}
+        self._aside: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, bool, Tensor] | None = None
 
     @property
     def past(self) -> int:
@@ -56,8 +59,13 @@ class Stream:
 
     @property
     def length(self) -> int:
-        """New tokens of the pass."""
-        return self.hidden.shape[1] if self._whole is None else self._whole.shape[1]
+        """New tokens of the pass; in a vision tower the rows that it began with."""
+        return self.hidden.shape[1] if self._count is None else self._count
+
+    @property
+    def changed(self) -> bool:
+        """Whether blocks must be told other things than what they are called with."""
+        return self.rows is not None or self._foreign
 
     def positions(self) -> Tensor:
         """Return the logical positions of the rows, ``[B, n]``."""
@@ -86,7 +94,11 @@ class Stream:
         """Let the rows go whose ``mask`` ``[B, n]`` is false; order and logical positions stay."""
         if bool(mask.all()):
             return
-        self.select(packed(mask & (self.positions() >= 0)))
+        index = packed(mask & (self.positions() >= 0))
+        if self.now is None:
+            # The class token of a vision tower is its first row; fillers go behind.
+            index = index.gather(1, (index < 0).int().argsort(dim=1, stable=True))
+        self.select(index)
 
     def select(self, index: Tensor) -> None:
         """Keep the rows ``index`` ``[B, m]``, in that order; -1 makes a filler."""
@@ -129,17 +141,27 @@ class Stream:
         self.hidden = torch.cat([self.hidden, hidden.to(self.hidden.dtype)], dim=1)
         self.rows = torch.cat([before, rows], dim=1)
         self._ids = torch.cat([known, ids], dim=-1)
+        if self.sizes is not None:
+            self.sizes = torch.cat([self.sizes, self.sizes.new_ones(rows.shape)], dim=1)
         self._foreign, self.ordered = True, False
 
     def around(self, mask: Tensor) -> None:
         """Lead the rows whose ``mask`` ``[B, n]`` is true around the next block; call it before that block runs."""
         stay = packed(~mask & (self.positions() >= 0))
-        self._aside = (self.hidden, self.rows, self._ids, self.ordered, stay)
+        self._aside = (self.hidden, self.rows, self._ids, self.sizes, self.ordered, stay)
         self.select(stay)
 
     def renumber(self, ids: Tensor) -> None:
-        """Give the rows other position ids than their own (``[B, n]`` or ``[3, B, n]``); logical positions stay."""
-        self.rows, self._ids, self._foreign = self.positions(), ids, True
+        """Give the rows other position ids than their own (``[B, n]`` or ``[3, B, n]``); logical positions stay.
+
+        Raises
+        ------
+        PolicyError
+            If the model has no rotary embedding that could be asked for them.
+        """
+        if not self.rotations:
+            raise PolicyError("this model's tokens cannot be renumbered: it has no rotary positions.")
+        self._ids, self._foreign = ids, True
 
     def position_ids(self) -> Tensor:
         """Return the rows' position ids as the rotary embedding takes them, ``[B, n]`` or ``[3, B, n]``."""
@@ -160,7 +182,7 @@ class Stream:
 
     def told(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return a block's keyword arguments for the rows that are there."""
-        if self.rows is not None:
+        if self.changed:
             options = {name: self._cut(name, value) for name, value in options.items()}
         self.block = options
         return options
@@ -174,10 +196,10 @@ class Stream:
         self.enter(hidden)
         if self._aside is None:
             return
-        whole, rows, ids, ordered, stay = self._aside
+        whole, rows, ids, sizes, ordered, stay = self._aside
         self._aside = None
-        self.hidden = _scattered(whole, stay, self.hidden)
-        self.rows, self._ids, self.ordered = rows, ids, ordered
+        self.hidden = scattered(whole, stay, self.hidden)
+        self.rows, self._ids, self.sizes, self.ordered = rows, ids, sizes, ordered
 
     def restored(self) -> Tensor:
         """Return a row for every new token, those that left in the state in which they left."""
@@ -187,6 +209,10 @@ class Stream:
         return self._whole[0] if self.flat else self._whole
 
     def _remember(self) -> None:
+        if self._count is None:
+            self._count = self.hidden.shape[1]
+        if self.now is None:
+            return  # nothing comes back in a vision tower
         if self._whole is None:
             self._whole = self.hidden
             return
@@ -194,7 +220,7 @@ class Stream:
             self._whole = self.hidden
             return
         new = self.rows - self._past
-        self._whole = _scattered(self._whole, torch.where(self.rows >= 0, new, -1), self.hidden)
+        self._whole = scattered(self._whole, torch.where(self.rows >= 0, new, -1), self.hidden)
 
     def _take(self, at: Tensor) -> None:
         if self.sizes is not None:
@@ -216,6 +242,8 @@ class Stream:
             return self._table(value)
         if not isinstance(value, Tensor):
             return value
+        if self.rows is None:
+            return value
         if name == "position_ids":
             return _pick(value, self._own(), -1)
         if name == "cache_position":
@@ -226,9 +254,14 @@ class Stream:
 
     def _table(self, value: Any) -> Any:
         if self._foreign:
-            for table, _, rotate in self.rotations:
+            ids = self.position_ids()
+            for index, (table, _, rotate) in enumerate(self.rotations):
                 if table is value or (isinstance(value, tuple) and table[0] is value[0]):
-                    return rotate(self.hidden, self.position_ids())
+                    if index not in self._turned or self._turned[index][0] is not ids:
+                        self._turned[index] = (ids, rotate(self.hidden, ids))
+                    return self._turned[index][1]
+        if self.rows is None:
+            return value
         if isinstance(value, Tensor):
             return self._line(value)
         return type(value)(self._line(part) for part in value)
@@ -247,7 +280,7 @@ class Stream:
 
 
 def _pick(table: Tensor, index: Tensor, axis: int) -> Tensor:
-    """Gather ``index`` ``[B, n]`` along ``axis``: -1 of ``[..., B, T]``, -2 of ``[..., B, T, d]``; tables may have B = 1."""
+    """Gather ``index`` ``[B, n]`` along ``axis``: -1 of ``[..., B, T]``, -2 of ``[..., B, T, d]``; B may be 1."""
     batch, count = index.shape
     if axis == -1:
         wide = table.expand(*table.shape[:-2], batch, table.shape[-1])
@@ -257,7 +290,7 @@ def _pick(table: Tensor, index: Tensor, axis: int) -> Tensor:
     return wide.gather(-2, at)
 
 
-def _scattered(whole: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+def scattered(whole: Tensor, at: Tensor, rows: Tensor) -> Tensor:
     """Return ``whole`` ``[B, T, D]`` with ``rows`` ``[B, n, D]`` written to ``at`` ``[B, n]``, and nowhere for -1."""
     out = whole.clone()
     batch = torch.arange(len(at), device=at.device)[:, None].expand_as(at)

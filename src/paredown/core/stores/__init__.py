@@ -1,0 +1,1 @@
+"""Ways of keeping keys and values that several methods share; `core.cache` has the base and the window."""
