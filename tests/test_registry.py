@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from paredown import registry
-from paredown.core.method import Compressor, Probe
+from paredown.core.method import Compressor, Policy, Probe
 from paredown.errors import RecipeError, UsageError
 
 PLUGIN = '''
-from paredown.core.method import Compressor, register
+from paredown.core.method import Compressor, Policy, register
 
 
 @register
@@ -44,13 +44,13 @@ def test_every_entry_leads_to_its_class():
         assert {f.name for f in entry.fields} == set(cls.model_fields)
         assert all(f.description.endswith(".") for f in entry.fields), f"{entry.name}: describe each field"
         assert entry.summary.endswith(".")
-        assert (entry.arxiv is None) == entry.control
-        assert issubclass(cls, {"compressor": Compressor, "probe": Probe}[entry.kind])
+        assert entry.arxiv is not None or entry.control
+        assert issubclass(cls, {"compressor": Compressor, "policy": Policy, "probe": Probe}[entry.kind])
 
 
 def test_every_unit_has_a_random_control():
     for entry in registry.entries():
-        if entry.kind == "compressor":
+        if entry.kind in ("compressor", "policy"):
             control = registry.entry(registry.control_for(entry.name))
             assert control.control
             assert control.unit == entry.unit

@@ -122,11 +122,12 @@ def create(name: str, /, **fields: Any) -> Method:
 
 
 def control_for(name: str) -> str:
-    """Return the random control that removes the same unit as ``name``."""
-    unit = entry(name).unit
-    for candidate in entries():
-        if candidate.control and candidate.unit == unit:
-            return candidate.name
+    """Return the random control that acts on the same unit, at the same time, as ``name``."""
+    unit, kind = entry(name).unit, entry(name).kind
+    found = [e.name for e in entries() if e.control and (e.unit, e.kind) == (unit, kind)]
+    if found:
+        # There are controls without chance in them too; those that draw go first, and no method before another.
+        return min(found, key=lambda one: (not one.startswith("random"), one == name))
     raise UsageError(f"there is no random control for {unit}, the unit of {name!r}; leave `random` out.")
 
 

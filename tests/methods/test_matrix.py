@@ -218,14 +218,14 @@ def _from_disk(
 @pytest.mark.parametrize("name", matrix.names("probe"))
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe_mixed", "deepseek_v3"])
 def test_a_probe_leaves_the_model_as_it_was(name, family):
-    model, probe = matrix.model(family), registry.create(name)
+    model, probe, sample = matrix.model(family), registry.create(name), matrix.batch(length=64)
     before, state = logits(model, family), {k: v.clone() for k, v in model.hf.state_dict().items()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
-    rows = probe.measure(model, matrix.batch())
+    rows = probe.measure(model, sample)
     assert rows
     assert len({tuple(row) for row in rows}) == 1, "all rows have the same keys"
     assert json.loads(json.dumps(rows)) == rows
-    assert rows == probe.measure(model, matrix.batch())
+    assert rows == probe.measure(model, sample)
     assert all(torch.equal(v, state[k]) for k, v in model.hf.state_dict().items())
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules()) == hooks
     assert torch.equal(logits(model, family), before)
