@@ -9,7 +9,7 @@ import pytest
 
 import paredown
 
-SURFACE = ["__version__", "catalogue", "compare", "evaluate", "load", "plan", "run", "scan"]
+SURFACE = ["__version__", "attach", "catalogue", "compare", "evaluate", "load", "method", "plan", "run", "scan"]
 
 
 def test_surface_is_exactly_this():

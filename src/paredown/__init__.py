@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paredown.core.attach import attach
     from paredown.core.checkpoint import load
+    from paredown.registry import create as method
     from paredown.registry import entries as catalogue
     from paredown.workflow.compare import compare
     from paredown.workflow.evaluate import evaluate
@@ -17,13 +19,15 @@ if TYPE_CHECKING:
     from paredown.workflow.run import run
     from paredown.workflow.scan import scan
 
-__all__ = ["__version__", "catalogue", "compare", "evaluate", "load", "plan", "run", "scan"]
+__all__ = ["__version__", "attach", "catalogue", "compare", "evaluate", "load", "method", "plan", "run", "scan"]
 
 _HOMES = {
+    "attach": ("paredown.core.attach", "attach"),
     "catalogue": ("paredown.registry", "entries"),
     "compare": ("paredown.workflow.compare", "compare"),
     "evaluate": ("paredown.workflow.evaluate", "evaluate"),
     "load": ("paredown.core.checkpoint", "load"),
+    "method": ("paredown.registry", "create"),
     "plan": ("paredown.workflow.plan", "plan"),
     "run": ("paredown.workflow.run", "run"),
     "scan": ("paredown.workflow.scan", "scan"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from benchmarks.common import RESULTS, Spread, commit, ratios
 
-from benchmarks import models, quality, run, tables, watched
+from benchmarks import models, policies, quality, run, tables, watched
 from paredown import registry
 from paredown.core import checkpoint
 
@@ -43,12 +44,13 @@ def test_the_page_is_what_the_results_say():
 
 @pytest.mark.parametrize("file", quality.experiments(), ids=lambda file: file.stem)
 def test_experiments_name_methods_of_their_axis(file):
-    spec = quality.read(file)
     entry = next(e for e in registry.entries() if e.name == file.stem)
     assert entry.axis == file.parent.name
-    assert spec.seeds >= 5
-    for keep in spec.keeps:
-        registry.create(file.stem, keep=keep, **spec.fields)
+    runs: list[Any] = list(policies.read(file).runs) if policies.is_policy(file.stem) else [quality.read(file)]
+    for spec in runs:
+        assert spec.seeds >= 5
+        for keep in spec.keeps:
+            registry.create(file.stem, keep=keep, **spec.fields)
 
 
 def test_a_checkpoint_built_shard_by_shard_is_whole(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from paredown.core import audit, effects, files, sequential, surgery
+from paredown.core import audit, effects, files, policy_file, sequential, surgery
 from paredown.workflow import journal, plan, proof
 from paredown.workflow import run as run_module
 from paredown.workflow.record import Proof
@@ -155,3 +155,15 @@ def weights_unreadable() -> None:
         return honest(self, *args, **options)
 
     Path.open = opened
+
+
+def other_policy() -> None:
+    """What is written keeps less than what was at work."""
+    honest = policy_file.write
+
+    def write(folder: Path, policies: Any) -> None:
+        if folder.name == "whole":
+            policies = [policy.model_copy(update={"keep": 0.2}) for policy in policies]
+        honest(folder, policies)
+
+    policy_file.write = write

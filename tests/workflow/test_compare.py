@@ -123,7 +123,7 @@ def test_a_control_named_in_full_is_not_run_twice():
 
 def test_a_control_gets_the_fields_it_shares():
     made = comparing._plans(["llm-drop", "random"], [0.5], {"llm-drop": {"part": "mlp"}})
-    assert [plan.compressor.part for plan in made] == ["mlp", "mlp"]
+    assert [plan.made.part for plan in made] == ["mlp", "mlp"]
 
 
 @pytest.mark.parametrize(

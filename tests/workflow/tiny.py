@@ -78,6 +78,7 @@ def last_sentence(ended: Any, code: int = 1) -> str:
     *before, last = ended.err.splitlines()
     assert last.startswith("error: "), ended.err
     assert "internal error" not in last, ended.err
+    known = ("plan", "random-", "dern", "llm-drop", "camera", "measuring", "streaming", "text")
     for line in before:
-        assert line.startswith(("plan", "random-", "dern", "llm-drop", "camera", "measuring")), ended.err
+        assert line.startswith(known), ended.err
     return str(last)

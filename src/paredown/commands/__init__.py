@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from paredown.commands import compare, evaluate, methods, plan, quiet, run, scan, show
+from paredown.commands import compare, evaluate, generate, methods, plan, quiet, run, scan, show
 from paredown.errors import ParedownError
 
 INTERRUPTED = 130
@@ -32,6 +32,7 @@ app.command("plan")(plan.command)
 app.command("run")(run.command)
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
+app.command("generate")(generate.command)
 app.command("methods")(methods.command)
 app.command("show")(show.command)
 

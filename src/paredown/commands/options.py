@@ -45,6 +45,25 @@ Set = Annotated[
         "--set", metavar="FIELD=VALUE", help="Set a field of the method; may be repeated.", show_default=False
     ),
 ]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        metavar="A,B",
+        help="Attach these policies; `paredown methods` shows which there are.",
+        show_default=False,
+    ),
+]
+PolicySet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="[POLICY.]FIELD=VALUE",
+        help="Set a field of a policy; may be repeated. With several policies, name which.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", help="Fixes the calibration sample and all that a method draws."),
@@ -92,6 +111,34 @@ def fields_by_method(settings: Sequence[str] | None) -> dict[str, dict[str, Any]
             raise UsageError(f"--set {key} names no method; write --set method.field=value.")
         found.setdefault(method, {})[name] = value
     return found
+
+
+def policies(names_: str | None, keep: float | None, settings: Sequence[str] | None) -> list[str]:
+    """Read the names of ``--policy``; without any, nothing may be said of policies.
+
+    Raises
+    ------
+    UsageError
+        If ``--keep`` or ``--set`` are given and no policy is.
+    """
+    if names_ is not None:
+        return names("--policy", names_)
+    if keep is not None or settings:
+        raise UsageError(f"{'--keep' if keep is not None else '--set'} is about a policy; name one with --policy.")
+    return []
+
+
+def one_of(option: str, text: str | None, allowed: Sequence[str]) -> str | None:
+    """Read one of a few words.
+
+    Raises
+    ------
+    UsageError
+        If it is none of them.
+    """
+    if text is not None and text not in allowed:
+        raise UsageError(f"{option} {text} is none of {', '.join(allowed)}.")
+    return text
 
 
 def metric(text: str) -> Literal["ppl", "kl"]:

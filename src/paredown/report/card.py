@@ -70,10 +70,19 @@ def render(record: RunRecord) -> str:
     pipeline = _pipeline(record.family)
     base = words.hub_id(record.model)
     header: dict[str, Any] = {} if base is None else {"base_model": base}
-    header["library_name"] = "transformers" if record.uniform else "paredown"
+    acting = words.policies(record)
+    header["library_name"] = "transformers" if record.uniform and not acting else "paredown"
     if pipeline is not None:
         header["pipeline_tag"] = pipeline
-    header["tags"] = list(dict.fromkeys(["paredown", "pruned", *(words.line(step.axis) for step in record.steps)]))
+    header["tags"] = list(
+        dict.fromkeys(
+            [
+                "paredown",
+                *(["pruned"] if len(acting) < len(record.steps) else []),
+                *(words.line(step.axis) for step in record.steps),
+            ]
+        )
+    )
     context: dict[str, Any] = {
         "record": record,
         "header": _Markdown(
@@ -81,7 +90,10 @@ def render(record: RunRecord) -> str:
         ),
         "name": words.short_name(record.model),
         "base": _link(base),
-        "methods": words.joined(list(dict.fromkeys(words.line(step.method) for step in record.steps))),
+        "methods": words.joined(
+            list(dict.fromkeys(words.line(step.method) for step in record.steps if step.kind != "policy"))
+        ),
+        "policies": words.joined(acting),
         "removed": words.joined(words.removed(record)),
         "steps": [_step(step) for step in record.steps],
         "sizes": _sizes(record),

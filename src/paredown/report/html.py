@@ -43,6 +43,7 @@ def render(record: RunRecord) -> str:
         "removed": [_removed(step) for step in record.steps],
         "scores": [_score(score) for score in record.scores],
         "costs": _costs(record),
+        "policies": words.policies(record),
         "steps": [_step(step) for step in record.steps],
         "proof": _proof(record),
         "versions": [
@@ -83,12 +84,20 @@ def datum(value: float | None, text: str) -> Markup:
 
 def _lead(record: RunRecord) -> list[str]:
     """The verdict, sentence by sentence: what went in, what came out, what it cost, whether it is proven."""
-    methods = words.joined(list(dict.fromkeys(words.line(step.method) for step in record.steps)))
+    acting = words.policies(record)
+    methods = words.joined(
+        list(dict.fromkeys(words.line(step.method) for step in record.steps if step.kind != "policy"))
+    )
     gone = words.joined(words.removed(record)) or "no whole unit"
     stands = words.written(record)
     sentences = [
         f"Paredown {'removed' if stands else 'would have removed'} {gone}{f' with {methods}' if methods else ''}."
     ]
+    if acting and len(acting) == len(record.steps):
+        sentences = ["Paredown changed no weight."]
+    if acting:
+        verb = "acts" if len(acting) == 1 else "act"
+        sentences.append(f"{words.joined(acting)} {verb} while the model runs; paredown.load attaches what acts.")
     before, after = record.size_before.bytes_weights, record.size_after.bytes_weights
     sentences.append(
         f"The weights {'went' if stands else 'would have gone'} from {words.move(before, after).replace('→', 'to')} "

@@ -43,8 +43,8 @@ def _facts(step: Planned) -> list[tuple[str, str]]:
     facts = [
         ("parameters", f"{words.many(step.parameters_before)} → {words.many(step.parameters_after)}, {sure}"),
         ("weights", f"{words.size(step.bytes_before)} → {words.size(step.bytes_after)} ({moved}), {sure}"),
-        ("peak memory", f"about {words.size(step.peak_memory_bytes)}"),
-        ("time", f"about {words.duration(step.seconds)}"),
+        *(() if not step.peak_memory_bytes else (("peak memory", f"about {words.size(step.peak_memory_bytes)}"),)),
+        *(() if not step.seconds else (("time", f"about {words.duration(step.seconds)}"),)),
         ("opens", "in plain transformers" if step.loads_in == "transformers" else f"with {words.line(step.loads_in)}"),
     ]
     groups = words.shape_groups(step.shapes)

@@ -8,17 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from paredown.report import words
+from paredown.report.tables import COLOURS, difference, footnotes, interval, markdown_row, plain, table
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from paredown.workflow.measured import CompareRecord, EvalRecord, Ratio, Row, Side
-    from paredown.workflow.record import Interval
 
 _HEADS = ("method", "keep", "perplexity", "KL", "against random", "", "parameters", "weights", "time")
-_ASCII = str.maketrans({words.MINUS: "-", words.TIMES: "x", words.DASH: "-", "∞": "inf", "“": '"', "”": '"'})
-_COLOURS = ("#0b6e99", "#c4532d", "#4a7c2c", "#7a4b9c", "#a8860b", "#b03a68", "#2f5d8a", "#5a5a5a")
 
 
 def evaluation(record: EvalRecord, console: Console) -> None:
@@ -37,14 +34,14 @@ def evaluation(record: EvalRecord, console: Console) -> None:
         if record.against is not None:
             lines.append(f"against: {words.line(record.against.model)}")
         plain([*lines, *map(_fact, (*scores, *costs))], console)
-        _footnotes([_conditions(record), *record.notes], console)
+        footnotes([_conditions(record), *record.notes], console)
         return
     other = words.short_name(record.against.model) if record.against is not None else None
     own = words.short_name(record.model.model)
-    console.print(_table(("", own, *((other, "difference") if other else ())), scores))
+    console.print(table(("", own, *((other, "difference") if other else ())), scores))
     console.print()
-    console.print(_table(("", own, *((other, "ratio") if other else ())), costs))
-    _footnotes([_conditions(record), *record.notes], console)
+    console.print(table(("", own, *((other, "ratio") if other else ())), costs))
+    footnotes([_conditions(record), *record.notes], console)
 
 
 def comparison(record: CompareRecord, console: Console) -> None:
@@ -59,19 +56,19 @@ def comparison(record: CompareRecord, console: Console) -> None:
     """
     rows = [_original(record), *(_cells(row) for row in record.rows)]
     if console.is_terminal:
-        console.print(_table(_HEADS, rows))
+        console.print(table(_HEADS, rows))
     else:
         widths = [max(len(row[column]) for row in (_HEADS, *rows)) for column in range(len(_HEADS))]
         plain(["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in (_HEADS, *rows)], console)
-    _footnotes(_captions(record), console)
+    footnotes(_captions(record), console)
 
 
 def markdown(record: CompareRecord) -> str:
     """Return a comparison as a Markdown table with what is needed to read it; for docs."""
     rows = [_original(record), *(_cells(row) for row in record.rows)]
     heads = ["method", "keep", "perplexity", "KL", "against random", "verdict", "parameters", "weights", "time"]
-    lines = [_markdown_row(heads), _markdown_row(["---", *["---:"] * 4, "---", *["---:"] * 3])]
-    lines += [_markdown_row(row) for row in rows]
+    lines = [markdown_row(heads), markdown_row(["---", *["---:"] * 4, "---", *["---:"] * 3])]
+    lines += [markdown_row(row) for row in rows]
     return "\n".join([*lines, "", *(f"- {caption}" for caption in _captions(record))]) + "\n"
 
 
@@ -101,7 +98,7 @@ def svg(record: CompareRecord) -> str:
                     [max(0.0, value.high - value.mean) for value in values],
                 ],
                 label=method,
-                color="#8a8a8a" if method in controls else _COLOURS[index % len(_COLOURS)],
+                color="#8a8a8a" if method in controls else COLOURS[index % len(COLOURS)],
                 linestyle="--" if method in controls else "-",
                 marker="o",
                 markersize=4,
@@ -131,10 +128,10 @@ def _scores(record: EvalRecord) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for score in record.scores:
         unit = f" ({words.line(score.unit)})" if score.unit else ""
-        row = [f"{words.line(score.name)}{unit}", _interval(score.after)]
+        row = [f"{words.line(score.name)}{unit}", interval(score.after)]
         if record.against is not None:
-            row.append("" if score.before is None else _interval(score.before))
-            row.append("" if score.difference is None else _difference(score.difference, words.difference_unit(score)))
+            row.append("" if score.before is None else interval(score.before))
+            row.append("" if score.difference is None else difference(score.difference, words.difference_unit(score)))
             if score.difference is not None:
                 row[-1] += f": {words.reading(score)}"
         rows.append(tuple(row))
@@ -157,8 +154,35 @@ def _costs(record: EvalRecord) -> list[tuple[str, ...]]:
     for kind, ratio in (("prefill", record.prefill_ratio), ("decode", record.decode_ratio)):
         if found := _timed(kind, sides, ratio):
             rows.append(found)
+    rows += _caches(sides)
     rows.append(("opens in", *(side.loads_in for side in sides)))
     return rows
+
+
+def _caches(sides: Sequence[Side]) -> list[tuple[str, ...]]:
+    """What policies save: bytes of the caches, and each side under policies against itself without them."""
+    found: list[tuple[str, ...]] = []
+    held = [side.cache for side in sides if side.cache is not None]
+    if len(held) == len(sides):
+        name = f"KV cache, {held[0].prompt} + {held[0].decoded} tokens"
+        found.append(_sized(f"{name}, peak", [one.peak_bytes for one in held], words.size))
+        found.append(_sized(f"{name}, at the end", [one.steady_bytes for one in held], words.size))
+    for side in sides:
+        alone = side.alone
+        if alone is None or side.cache is None:
+            continue
+        names = words.joined([words.line(one["method"]) for one in side.policies])
+        told = [
+            f"{kind} {words.significant(ratio.median, 2)}{words.TIMES} the time "
+            f"({words.significant(ratio.low, 2)} to {words.significant(ratio.high, 2)})"
+            for kind, ratio in (("prefill", alone.prefill), ("decode", alone.decode))
+        ]
+        share = words.percent(round(side.cache.steady_bytes / max(1, alone.cache.steady_bytes), 3))
+        text = f"{', '.join(told)}, KV cache {share}"
+        empty = ("",) * (len(sides) - 1)
+        place = (text, *empty) if side is sides[0] else (*empty, text)
+        found.append((f"{names} against without", *place, *empty))
+    return found
 
 
 def _sized(name: str, values: Sequence[int], show: Callable[[float], str] | Callable[[int], str]) -> tuple[str, ...]:
@@ -187,7 +211,7 @@ def _original(record: CompareRecord) -> tuple[str, ...]:
     return (
         "original",
         "1",
-        _interval(record.original),
+        interval(record.original),
         "0",
         "",
         "",
@@ -201,25 +225,14 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         words.line(row.method),
         f"{row.keep:g}",
-        _interval(row.perplexity),
-        _interval(row.kl),
-        "" if row.difference is None else _difference(row.difference, ""),
+        interval(row.perplexity),
+        interval(row.kl),
+        "" if row.difference is None else difference(row.difference, ""),
         row.verdict or "",
         words.many(row.parameters),
         words.size(row.bytes_weights),
         words.duration(row.seconds),
     )
-
-
-def _interval(of: Interval) -> str:
-    if of.high - of.low > 2 * abs(of.mean):
-        # So wide an interval justifies no digit of the mean, but somebody will want to know it.
-        return f"{words.significant(of.mean, 2)} [{words.significant(of.low, 2)}, {words.significant(of.high, 2)}]"
-    return f"{words.mean(of)} {words.bounds(of)}"
-
-
-def _difference(of: Interval, unit: str) -> str:
-    return f"{words.mean(of, signed=True)} {words.bounds(of, signed=True)}{f' {unit}' if unit else ''}"
 
 
 def _conditions(record: EvalRecord) -> str:
@@ -246,48 +259,7 @@ def _captions(record: CompareRecord) -> list[str]:
     ]
 
 
-# ---- ways to show them -----------------------------------------------------------------------------------------------
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
-    for index, head in enumerate(heads):
-        table.add_column(Text(head), justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
 def _fact(row: Sequence[str]) -> str:
     name, own, *rest = row
     against = f"; against: {rest[0]}" if rest and rest[0] else ""
     return f"{name}: {own}{against}{f'; {rest[1]}' if len(rest) > 1 and rest[1] else ''}"
-
-
-def plain(lines: Sequence[str], console: Console) -> None:
-    """Print lines literally and unwrapped, in ASCII where the pipe takes nothing else."""
-    ascii_only = not (console.encoding or "").lower().startswith("utf")
-    for line in lines:
-        text = line.replace(words.NARROW, " ").rstrip()
-        if ascii_only:
-            text = text.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
-        console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-
-def _footnotes(notes: Sequence[str], console: Console) -> None:
-    from rich.text import Text
-
-    if not console.is_terminal:
-        plain([f"note: {words.line(note)}" for note in notes], console)
-        return
-    console.print()
-    for note in notes:
-        console.print(Text(words.line(note), "dim"))
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

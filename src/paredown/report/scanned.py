@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from paredown.report import words
-from paredown.report.results import plain
+from paredown.report.tables import plain
 from paredown.workflow.scanned import Column, LayerRow, ScanRecord, ScanView
 
 if TYPE_CHECKING:

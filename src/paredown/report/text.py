@@ -65,7 +65,7 @@ def lines(record: RunRecord) -> list[str]:
     found.append(f"gate: {words.gate_sentence(record)}")
     found.append(f"proof: {_proof(record)}")
     if words.written(record):
-        found.append(f"load: {'plain transformers' if record.uniform else 'paredown.load'}")
+        found.append(f"load: {_loads(record)}")
     resumed = f", resumed {record.resumed} times" if record.resumed > 1 else ", resumed once" if record.resumed else ""
     found.append(f"time: {words.duration(record.seconds)}{resumed}")
     return found
@@ -126,8 +126,17 @@ def _tables(record: RunRecord, console: Console) -> None:
     proof = record.proof
     show(f"Proof: {_proof(record)}", "" if proof is None else "green" if proof.passed else "bold red")
     if words.written(record):
-        show(f"Opens {'in plain transformers' if record.uniform else 'with paredown.load'}:")
+        loads = _loads(record)
+        show(f"Opens {'in' if loads == 'plain transformers' else 'with'} {loads}:")
         show(words.visible(record.how_to_load).rstrip(), "cyan")
+
+
+def _loads(record: RunRecord) -> str:
+    acting = words.policies(record)
+    if not acting:
+        return "plain transformers" if record.uniform else "paredown.load"
+    without = ", or without them with plain transformers" if record.uniform else ""
+    return f"paredown.load, which attaches {words.joined(acting)}{without}"
 
 
 def _head(step: StepRecord) -> str:
@@ -141,8 +150,7 @@ def _facts(step: StepRecord) -> list[tuple[str, str]]:
         ("fields", words.plain(step.fields)),
         ("data", words.plain(_short(step.data))),
         ("seed", str(step.seed)),
-        ("touched", f"{words.percent(step.touched_share)} of the parameters"),
-        ("parameters", f"{words.many(step.parameters_before)} → {words.many(step.parameters_after)}"),
+        *_touched(step),
     ]
     for name, changes in words.by_unit(step.changes).items():
         before, after = sum(one.before for one in changes), sum(one.after for one in changes)
@@ -159,6 +167,15 @@ def _facts(step: StepRecord) -> list[tuple[str, str]]:
     if step.coverage:
         facts.append(("coverage", words.plain(step.coverage)))
     return [(name, text) for name, text in facts if text != "none"]
+
+
+def _touched(step: StepRecord) -> list[tuple[str, str]]:
+    if step.kind == "policy":
+        return [("acts", "while the model runs; no weight is changed")]
+    return [
+        ("touched", f"{words.percent(step.touched_share)} of the parameters"),
+        ("parameters", f"{words.many(step.parameters_before)} → {words.many(step.parameters_after)}"),
+    ]
 
 
 def _held_against(show: Callable[[float], str], planned: float, measured: float) -> str:

@@ -359,6 +359,11 @@ def removed(record: RunRecord) -> list[str]:
     return parts
 
 
+def policies(record: RunRecord) -> list[str]:
+    """The policies that belong to the result: they act while it runs and change no weight."""
+    return list(dict.fromkeys(line(step.method) for step in record.steps if step.kind == "policy"))
+
+
 def opens(loader: str) -> str:
     """What opens a result: ``plain transformers``, or whatever else the record names."""
     return "plain transformers" if loader == "transformers" else line(loader)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,12 @@ from paredown.testbeds import mosaic
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from paredown.core.stepwise import Held
+
+How = Literal["after", "within"]
+"""How a question is put through the cache. ``after``: the text is read in one pass, then question and answer come token
+by token, so that what was let go before the question was known is missed. ``within``: text and question are read in
+one pass, then the answer comes token by token, as methods that make reading cheaper expect."""
 DIGITS = 3
 """Digits of a secret number."""
 Hits = npt.NDArray[np.int64]
@@ -80,6 +86,10 @@ class FactWriter:
             statement = self._encode(f"\nThe secret number of {name} is")
             facts.append((statement, self._encode(f" {digits}.\n"), name, digits))
         return facts
+
+    def question_length(self, item: RecallItem) -> int:
+        """Return how many tokens at the end of an item's prompt are its question."""
+        return len(self._encode(f"\n{item.question}"))
 
     @staticmethod
     def _plant(
@@ -165,6 +175,26 @@ def recall_items(
     return [writer.item(stream[start : start + length], rng, facts) for start in starts]
 
 
+def recall_rows(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int = 512, count: int = 512, seed: int = 0
+) -> npt.NDArray[np.int64]:
+    """Make rows ``[count, length]`` to learn recall from: facts in text, then a question about each, answered.
+
+    Parameters
+    ----------
+    tokenizer, texts, length, count, seed
+        As in `recall_items`; take other texts than those that questions are asked about.
+    """
+    rng = np.random.default_rng((seed, length, count))
+    stream = np.array(tokenizer.encode("\n".join(texts), add_special_tokens=False), dtype=np.int64)
+    if len(stream) <= length:
+        raise ValueError(f"the filler has {len(stream)} tokens, a row needs {length}")
+    writer = FactWriter(tokenizer, names_in(texts))
+    starts = rng.integers(0, len(stream) - length, size=count)
+    rows = [writer.training_row(stream[start : start + length], 4, rng)[0] for start in starts]
+    return np.array(rows, dtype=np.int64)
+
+
 def recall_accuracy(
     hf_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -175,6 +205,8 @@ def recall_accuracy(
     facts: int = 4,
     seed: int = 0,
     generate: bool = False,
+    how: How | None = None,
+    held: Held | None = None,
     batch_size: int = 20,
 ) -> Hits:
     """Ask a model for planted facts; all digits must be right.
@@ -186,8 +218,13 @@ def recall_accuracy(
     tokenizer, texts, length, count, facts, seed
         As in `recall_items`.
     generate
-        Whether to decode token by token through the cache, as a cache policy needs it; else one forward pass over
-        prompt and answer, which counts exactly the answers that greedy decoding would have given.
+        Whether to decode token by token through the cache; else one forward pass over prompt and answer, which counts
+        exactly the answers that greedy decoding would have given.
+    how
+        To put the question through the cache, with the right answer's tokens fed in: an answer counts if each of them
+        was the most likely one. Without a policy the hits are those of one forward pass.
+    held
+        Told what the cache holds; only with ``how``.
     batch_size
         Questions in a forward pass.
 
@@ -199,13 +236,21 @@ def recall_accuracy(
     import torch
 
     items = recall_items(tokenizer, texts, length=length, count=count, facts=facts, seed=seed)
-    hits: list[int] = []
-    for start in range(0, count, batch_size):
-        part = items[start : start + batch_size]
-        prompts = torch.tensor([item.prompt for item in part], device=hf_model.device)
-        answers = torch.tensor([item.answer for item in part], device=hf_model.device)
-        hits += _greedy_hits(hf_model, {"input_ids": prompts}, answers, generate)
-    return np.array(hits, dtype=np.int64)
+    writer = FactWriter(tokenizer, ())
+    # Prompts are equally long, but names and with them questions are not: batches of one split need no padding.
+    reads = [length - (writer.question_length(item) if how == "after" else 0) for item in items]
+    hits = np.zeros(count, dtype=np.int64)
+    for read in sorted(set(reads)) if how == "after" else [length]:
+        chosen = [index for index, one in enumerate(reads) if one == read]
+        for start in range(0, len(chosen), batch_size):
+            part = chosen[start : start + batch_size]
+            prompts = torch.tensor([items[index].prompt for index in part], device=hf_model.device)
+            answers = torch.tensor([items[index].answer for index in part], device=hf_model.device)
+            if how is None:
+                hits[part] = _greedy_hits(hf_model, {"input_ids": prompts}, answers, generate)
+            else:
+                hits[part] = _stepwise_hits(hf_model, {"input_ids": prompts}, read, answers, held)
+    return hits
 
 
 def mosaic_accuracy(
@@ -217,6 +262,8 @@ def mosaic_accuracy(
     count: int = 200,
     seed: int = 0,
     generate: bool = False,
+    how: How | None = None,
+    held: Held | None = None,
     batch_size: int = 20,
 ) -> Hits:
     """Ask one question about one filled cell of each of `count` mosaics.
@@ -231,8 +278,8 @@ def mosaic_accuracy(
         ``[N, 28, 28]`` and ``[N]``: held-out digits, see ``testbeds.heldout_digits``.
     count, seed
         Questions, one to a mosaic, and the seed that they are drawn from.
-    generate, batch_size
-        As in `recall_accuracy`.
+    generate, how, held, batch_size
+        As in `recall_accuracy`; image and question are always read together.
 
     Returns
     -------
@@ -260,7 +307,10 @@ def mosaic_accuracy(
             device=hf_model.device,
         )
         inputs.pop("attention_mask", None)  # all prompts are equally long: nothing is padded
-        hits += _greedy_hits(hf_model, dict(inputs), answers, generate)
+        if how is None:
+            hits += _greedy_hits(hf_model, dict(inputs), answers, generate)
+        else:
+            hits += _stepwise_hits(hf_model, dict(inputs), inputs["input_ids"].shape[1], answers, held)
     return np.array(hits, dtype=np.int64)
 
 
@@ -281,4 +331,24 @@ def _greedy_hits(hf_model: PreTrainedModel, inputs: dict[str, Any], answers: Any
         else:
             whole = torch.cat([prompts, answers[:, :-1]], dim=1)
             told = hf_model(**{**inputs, "input_ids": whole}, logits_to_keep=length).logits.argmax(dim=-1)
+    return (told == answers).all(dim=1).long().tolist()  # type: ignore[no-any-return]
+
+
+def _stepwise_hits(
+    hf_model: PreTrainedModel, inputs: dict[str, Any], read: int, answers: Any, held: Held | None
+) -> list[int]:
+    """Return 1 for each row whose ``answers`` (``[B, A]``) are the most likely tokens, read through the cache.
+
+    The first ``read`` tokens of ``inputs["input_ids"]`` are read in one pass, all that follows token by token.
+    """
+    import torch
+
+    from paredown.core.stepwise import stepwise
+
+    prompts, length = inputs["input_ids"], answers.shape[1]
+    follow = torch.cat([prompts[:, read:], answers[:, :-1]], dim=1)
+    passes = stepwise(hf_model, {**inputs, "input_ids": prompts[:, :read]}, follow, watch=held)
+    told = torch.stack([logits.argmax(dim=-1) for logits in passes][-length:], dim=1)
+    if held is not None:
+        held.close(len(prompts))
     return (told == answers).all(dim=1).long().tolist()  # type: ignore[no-any-return]

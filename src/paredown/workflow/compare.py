@@ -14,40 +14,28 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
-import inspect
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from torch import Tensor
 
-import paredown
-from paredown import registry
 from paredown.core import calibration, checkpoint, files
 from paredown.core.method import Compressor
-from paredown.errors import OutputError, UsageError
+from paredown.errors import UsageError
+from paredown.workflow import cells as cells_module
 from paredown.workflow import evaluate, intervals, measure
-from paredown.workflow.measured import Cell, CompareRecord, Metric, Row
+from paredown.workflow.cells import Journal, Line
+from paredown.workflow.measured import Cell, CompareRecord, Metric, PolicyComparison, Question, Row, Task
 
 Progress = Callable[[int, int, str], None]
 
-RANDOM = "random"
 
-
-@dataclass(frozen=True)
-class _Plan:
-    """One line of the comparison: a method at a budget, and the control that it is held against."""
-
-    method: str
-    keep: float
-    compressor: Compressor
-    control: str | None
+_plans = functools.partial(cells_module.lines, kind="compressor")
+_own_code, _method_code = cells_module.own_code, cells_module.method_code
 
 
 def compare(
@@ -58,6 +46,9 @@ def compare(
     data: str | Path | None = None,
     *,
     metric: Metric = "ppl",
+    task: Task | None = None,
+    question: Question = "after",
+    questions: int = 200,
     fields: Mapping[str, Mapping[str, Any]] | None = None,
     length: int = 512,
     sequences: int = 64,
@@ -66,15 +57,15 @@ def compare(
     dtype: str = "auto",
     device: str | None = None,
     progress: Progress | None = None,
-) -> CompareRecord:
-    """Compare methods on one model.
+) -> CompareRecord | PolicyComparison:
+    """Compare methods on one model: such that make weights smaller, or policies.
 
     Parameters
     ----------
     ref
         A hub id, a local folder or ``testbed:NAME``.
     methods
-        Names of compressors; ``random`` adds the control of each unit that the others remove.
+        Names of compressors, or of policies; ``random`` adds the control of each unit that the others remove.
     keeps
         Budgets, each above 0 and at most 1.
     seeds
@@ -83,6 +74,13 @@ def compare(
         Text for calibration and, disjoint from it, for judging; None for the testbed's samples.
     metric
         What is compared with random: ``ppl`` (negative log-likelihood) or ``kl`` (divergence from the original).
+    task
+        What policies are judged by: ``recall``, ``vqa`` (questions about images) or ``ppl``; the task of the testbed,
+        or ``ppl``, by default. Compressors are judged by text.
+    question
+        Whether a policy knows the question while the text is read, see `testbeds.tasks.How`; for ``recall``.
+    questions
+        Of ``recall`` and ``vqa``.
     fields
         Hyper-parameters by method; the random control of a method gets those that it shares with it.
     length, sequences, calibration_sequences
@@ -99,7 +97,7 @@ def compare(
     Raises
     ------
     UsageError
-        If a method is no compressor, has no control, or the options name nothing.
+        If methods are neither all compressors nor all policies, have no control, or the options name nothing.
     BudgetError, ArchitectureError, DataError
         If a method cannot do what is asked of it.
     """
@@ -107,10 +105,20 @@ def compare(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
     if not numbers or not keeps or not methods:
         raise UsageError("a comparison needs at least one method, one keep and one seed.")
+    if cells_module.kind(methods) == "policy":
+        from paredown.workflow import compare_policies
+
+        return compare_policies.compare(
+            ref, methods, keeps, numbers, data, metric=metric, task=task, question=question, questions=questions,
+            fields=fields or {}, length=length, sequences=sequences, calibration_sequences=calibration_sequences,
+            journal=None if journal is None else Path(journal), dtype=dtype, device=device, progress=progress,
+        )  # fmt: skip
+    if task not in (None, "ppl"):
+        raise UsageError(f"--task {task} is for policies; methods that make the weights smaller are judged by ppl.")
     plans = _plans(methods, list(dict.fromkeys(keeps)), fields or {})
     device = device or measure.default_device()
     dtype = evaluate.quality_dtype(dtype, device)
-    original = checkpoint.load(ref, dtype=dtype, device=device)
+    original = checkpoint.load(ref, dtype=dtype, device=device, policies=False)
     evaluate.check_causal(original)
     if original.anatomy.vision is not None and data is None:
         raise UsageError(f"compare judges by text, and the samples of {ref} are about images; pass text with --data.")
@@ -137,7 +145,7 @@ def compare(
         "versions": measure.versions(),
     }
     before = evaluate.nll(original.hf, heldout.input_ids)
-    kept = _Journal(Path(journal)) if journal is not None else None
+    kept = Journal(Path(journal), Cell) if journal is not None else None
     cells: list[Cell] = []
     total = len(plans) * len(numbers)
     for plan in plans:
@@ -210,45 +218,14 @@ def _of(cells: Sequence[Cell], method: str, keep: float) -> list[Cell]:
     return [cell for cell in cells if cell.method == method and cell.keep == keep]
 
 
-def _plans(methods: Sequence[str], keeps: Sequence[float], fields: Mapping[str, Mapping[str, Any]]) -> list[_Plan]:
-    named = [name for name in dict.fromkeys(methods) if name != RANDOM]
-    if not named:
-        raise UsageError(f"{RANDOM!r} is a control for other methods: name one of them too, or a control in full.")
-    if unknown := [name for name in fields if name not in named]:
-        raise UsageError(f"fields are given for {unknown[0]!r}, which is not among the methods that are compared.")
-    plans: list[_Plan] = []
-    for name in named:
-        plans += [_plan(name, keep, fields.get(name, {}), None) for keep in keeps]
-    if RANDOM not in methods:
-        return plans
-    controls: list[_Plan] = []
-    for index, plan in enumerate(plans):
-        if plan.compressor.control:
-            continue
-        control = registry.control_for(plan.method)
-        shared = set(registry.get(control).model_fields) & set(type(plan.compressor).model_fields) - {"keep"}
-        made = _plan(control, plan.keep, {key: getattr(plan.compressor, key) for key in shared}, None)
-        same = [one for one in (*plans, *controls) if one.method == control and one.keep == plan.keep]
-        if same and same[0].compressor != made.compressor:
-            raise UsageError(
-                f"{plan.method} and another method need {control} with different fields; compare them one at a time."
-            )
-        if not same:
-            controls.append(made)
-        plans[index] = _Plan(plan.method, plan.keep, plan.compressor, control)
-    return plans + controls
-
-
-def _plan(name: str, keep: float, fields: Mapping[str, Any], control: str | None) -> _Plan:
-    made = registry.create(name, keep=keep, **fields)
-    if not isinstance(made, Compressor):
-        raise UsageError(f"{name} is a {made.kind}, and compare works with methods that make the weights smaller.")
-    return _Plan(name, keep, made, control)
+def _compressor(plan: Line) -> Compressor:
+    assert isinstance(plan.made, Compressor)
+    return plan.made
 
 
 def _cell(
     ref: str | Path,
-    plan: _Plan,
+    plan: Line,
     seed: int,
     sample: calibration.Batch,
     heldout: Tensor,
@@ -257,9 +234,9 @@ def _cell(
     dtype: str,
     device: str,
 ) -> Cell:
-    model = checkpoint.load(ref, dtype=dtype, device=device)
+    model = checkpoint.load(ref, dtype=dtype, device=device, policies=False)
     start = time.perf_counter()
-    outcome = plan.compressor.compress(model, sample, seed=seed)
+    outcome = _compressor(plan).compress(model, sample, seed=seed)
     seconds = time.perf_counter() - start
     _, after, divergence = evaluate.together(original.hf, model.hf, heldout)
     parameters = model.parameters()
@@ -269,7 +246,7 @@ def _cell(
         method=plan.method,
         keep=plan.keep,
         seed=seed,
-        fields=plan.compressor.model_dump(mode="json"),
+        fields=plan.made.model_dump(mode="json"),
         nll=after.double().mean(dim=1).tolist(),
         kl=divergence.double().tolist(),
         parameters=parameters,
@@ -303,66 +280,14 @@ def _notes(heldout: calibration.Batch, samples: Mapping[int, calibration.Batch])
     return list(dict.fromkeys([*notes, *heldout.notes, *first.notes]))
 
 
-def _key(work: Mapping[str, Any], plan: _Plan, seed: int, sample: calibration.Batch) -> str:
+def _key(work: Mapping[str, Any], plan: Line, seed: int, sample: calibration.Batch) -> str:
     """Return a digest of everything that a cell's numbers depend on."""
     parts = {
         **work,
         "method": plan.method,
-        "fields": plan.compressor.model_dump(mode="json"),
+        "fields": plan.made.model_dump(mode="json"),
         "seed": seed,
         "calibration": sample.fingerprint,
-        "code": [_own_code(), _method_code(type(plan.compressor))],
+        "code": [_own_code(), _method_code(type(plan.made))],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def _own_code() -> str:
-    digest = hashlib.sha256()
-    root = Path(paredown.__file__).parent
-    for folder in ("core", "methods", "workflow"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _method_code(method: type[Compressor]) -> str:
-    """Return a digest of the file a method lives in, which may be somebody else's."""
-    try:
-        return hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()
-    except (OSError, TypeError):
-        return ""
-
-
-class _Journal:
-    """Finished cells, one JSON line each; a line that was cut short by a kill is skipped."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._cells: dict[str, Cell] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            # Opened once before the work begins, so that an hour is not lost to a folder that cannot be written.
-            with path.open("a", encoding="utf-8") as stream:
-                if lines and not path.read_bytes().endswith(b"\n"):
-                    stream.write("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not text"
-            raise OutputError(f"the journal {str(path)!r} cannot be used ({reason}); name another file.") from error
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                self._cells[entry["key"]] = Cell.model_validate(entry["cell"])
-            except (ValueError, KeyError, TypeError, ValidationError):
-                continue
-
-    def get(self, key: str) -> Cell | None:
-        return self._cells.get(key)
-
-    def put(self, key: str, cell: Cell) -> None:
-        self._cells[key] = cell
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"key": key, "cell": cell.model_dump()}) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -21,9 +22,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from paredown.core import calibration, checkpoint, configs, files
+from paredown.core.attach import check_together
 from paredown.core.checkpoint import Model
+from paredown.core.method import Policy
 from paredown.errors import CheckpointError, UsageError
+from paredown.testbeds.tasks import How
 from paredown.workflow import measure, tasks
+from paredown.workflow import policies as under
 from paredown.workflow.intervals import (
     crossed,
     interval,
@@ -142,7 +147,10 @@ def evaluate(
     against: str | Path | None = None,
     data: str | Path | None = None,
     *,
+    policies: Sequence[Policy] = (),
     tasks: Sequence[str] = (),
+    question: How = "after",
+    seed: int = 0,
     length: int = 512,
     sequences: int = 64,
     questions: int = 200,
@@ -161,8 +169,15 @@ def evaluate(
     data
         Held-out text: a file, a folder, a hub data set id, ``testbed:NAME``; None for the sample of whichever model is
         a testbed.
+    policies
+        Attached to ``ref``, on top of those that its folder brings. As soon as either side has one, text is read as a
+        cache is used and the second half of each row is scored (see `policies.text`); tasks go through the cache too.
     tasks
         ``recall``, ``mosaic`` or names that lm-eval knows; the tasks of testbeds are always among them.
+    question
+        Whether ``recall`` asks after the text was read, or within the same pass; matters under policies alone.
+    seed
+        Of what policies learn and draw.
     length, sequences
         Tokens of a held-out row, rows.
     questions
@@ -189,23 +204,34 @@ def evaluate(
     device = device or measure.default_device()
     dtype = quality_dtype(dtype, device)
     refs = [str(ref)] if against is None else [str(ref), str(against)]
-    models = [checkpoint.load(one, dtype=dtype, device=device) for one in refs]
+    models = [checkpoint.load(one, dtype=dtype, device=device, policies=False) for one in refs]
     for model in models:
         check_causal(model)
+    acting = [under.stored(model) for model in models]
+    check_together((*acting[0], *policies))
     if against is not None:
         check_vocabularies(models[1].hf, models[0].hf)
     scores: list[Score] = []
     notes: list[str] = []
-    batch = _heldout(models, refs, data, length, sequences, notes)
-    if batch is not None:
-        scores += _text_scores(models, batch, progress)
-    scores += _task_scores(models, refs, tasks, questions, progress)
-    sides = [_side(model) for model in models]
-    del models  # memory and speed are those of the checkpoint's precision
-    ratios: list[Any] = [None, None]
-    if cost:
-        ids = batch.input_ids if batch is not None else torch.arange(measure.PREFILL_TOKENS)[None] % 256
-        ratios = _costs(refs, sides, ids, device, repetitions, progress)
+    learns = under.needs_data(policies)
+    batch = _heldout(models, refs, data, length, sequences, notes, split="heldout" if learns else "all")
+    with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
+        sample = None
+        if learns:
+            texts = calibration.read(data, model_ref=refs[0], split="calibration")
+            sample = calibration.for_model(models[0], texts, length=length, seed=seed)
+        ready = under.prepare(policies, models[0], sample, seed=seed, folder=Path(folder), progress=progress)
+        acting[0] = (*acting[0], *ready)
+        readers = [under.Reader(model, each) for model, each in zip(models, acting, strict=True)]
+        if batch is not None:
+            scores += _text_scores(readers, batch, notes, progress)
+        scores += _task_scores(readers, refs, tasks, question, questions, progress)
+        sides = [_side(reader) for reader in readers]
+        del models, readers  # memory and speed are those of the checkpoint's precision
+        ratios: list[Any] = [None, None]
+        if cost:
+            ids = batch.input_ids if batch is not None else torch.arange(measure.PREFILL_TOKENS)[None] % 256
+            ratios = _costs(refs, sides, acting, ids, device, repetitions, progress)
     return EvalRecord(
         created=measure.now(),
         model=sides[0],
@@ -259,7 +285,13 @@ def check_vocabularies(reference: PreTrainedModel, hf: PreTrainedModel) -> None:
 
 
 def _heldout(
-    models: Sequence[Model], refs: Sequence[str], data: str | Path | None, length: int, sequences: int, notes: list[str]
+    models: Sequence[Model],
+    refs: Sequence[str],
+    data: str | Path | None,
+    length: int,
+    sequences: int,
+    notes: list[str],
+    split: calibration.Split,
 ) -> calibration.Batch | None:
     """Return the held-out rows that all models read, or None where a testbed's data are images."""
     source = data
@@ -268,7 +300,7 @@ def _heldout(
         if source == "testbed:vlm":
             notes.append("Perplexity on text alone says nothing about a vision model and was not measured.")
             return None
-    texts = calibration.read(source, model_ref=refs[0], split="all")
+    texts = calibration.read(source, model_ref=refs[0], split=split)
     limit = min(measure.positions(model.hf) or length for model in models)
     if limit < length:
         notes.append(f"Rows were shortened from {length} to the {limit} positions that every model has.")
@@ -287,7 +319,18 @@ def _heldout(
     return batches[0]
 
 
-def _text_scores(models: Sequence[Model], batch: calibration.Batch, progress: Progress | None) -> list[Score]:
+def _text_scores(
+    readers: Sequence[under.Reader], batch: calibration.Batch, notes: list[str], progress: Progress | None
+) -> list[Score]:
+    models = [reader.model for reader in readers]
+    if any(reader.policies for reader in readers):
+        notes.append(under.HALVES)
+        # Alone, a model under policies is read next to itself without them, and that side is not told.
+        other_reader = readers[1] if len(readers) > 1 else under.Reader(models[0])
+        found = under.text(other_reader, readers[0], batch.input_ids, progress=progress)
+        if len(readers) == 1:
+            return [score_perplexity(None, found.after)]
+        return [score_perplexity(found.before, found.after), score_kl(found.kl)]
     if len(models) == 1:
         own = nll(models[0].hf, batch.input_ids, progress=progress)
         _check_numbers(models[0], own)
@@ -304,17 +347,29 @@ def _check_numbers(model: Model, values: Tensor) -> None:
 
 
 def _task_scores(
-    models: Sequence[Model], refs: Sequence[str], names: Sequence[str], questions: int, progress: Progress | None
+    readers: Sequence[under.Reader],
+    refs: Sequence[str],
+    names: Sequence[str],
+    question: How,
+    questions: int,
+    progress: Progress | None,
 ) -> list[Score]:
+    models = [reader.model for reader in readers]
+    # Without a policy one pass gives the same answers as the way through the cache, and sooner.
+    ways: list[dict[str, Any]] = [
+        {"how": question, "policies": reader.policies} if reader.policies else {} for reader in readers
+    ]
     own = list(dict.fromkeys([*tasks.own(*refs), *(name for name in names if name in tasks.BUILT_IN)]))
     foreign = [name for name in names if name not in tasks.BUILT_IN]
     found: list[Score] = []
     for index, name in enumerate(own):
-        points = [tasks.ask(name, model, questions=questions) for model in models]
+        points = [tasks.ask(name, one, questions=questions, **way) for one, way in zip(models, ways, strict=True)]
         found.append(score_task(name, points[1] if len(points) > 1 else None, points[0]))
         if progress is not None:
             progress(index + 1, len(own), "tasks")
     if foreign:
+        if any(reader.policies for reader in readers):
+            raise UsageError(f"lm-eval's tasks ({foreign[0]}) read rows in one pass; leave --tasks out under a policy.")
         each: list[Mapping[str, Mapping[str, float]]] = []
         for index, model in enumerate(models):
             each.append(tasks.harness(model, foreign, limit=questions))
@@ -328,9 +383,11 @@ def _task_scores(
     return found
 
 
-def _side(model: Model) -> Side:
+def _side(reader: under.Reader) -> Side:
+    model = reader.model
     assert model.folder is not None
     return Side(
+        policies=under.described(reader.policies),
         model=model.source,
         loads_in=configs.loads_in(model.hf.config),
         size=measure.size(files.locate(model.folder)),
@@ -341,13 +398,21 @@ def _side(model: Model) -> Side:
 
 
 def _costs(
-    refs: Sequence[str], sides: Sequence[Side], ids: Tensor, device: str, repetitions: int, progress: Progress | None
+    refs: Sequence[str],
+    sides: Sequence[Side],
+    acting: Sequence[tuple[Policy, ...]],
+    ids: Tensor,
+    device: str,
+    repetitions: int,
+    progress: Progress | None,
 ) -> list[Any]:
     """Fill in memory and speed of each side and return the ratios of prefill and decode times."""
     for index, (ref, side) in enumerate(zip(refs, sides, strict=True)):
         side.memory = measure.memory(ref, device=device)
         if progress is not None:
             progress(index + 1, len(refs), "memory")
+    if any(acting):
+        return under.costs(refs, sides, acting, ids, device, repetitions, progress)
     models = [checkpoint.load(ref, device=device).hf for ref in refs]
     timed = measure.speed(models, ids, repetitions=repetitions, progress=progress)
     for side, (prefill, decode) in zip(sides, timed, strict=True):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from inspect import signature
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel
 
 import paredown
 from paredown.core import checkpoint, files, resources
+from paredown.core.stepwise import Held
 from paredown.errors import CheckpointError
 from paredown.workflow.measured import Memory, Ratio, Timing
 from paredown.workflow.record import Size, Speed
@@ -100,6 +102,7 @@ def speed(
     decode: int = DECODE_TOKENS,
     repetitions: int = REPETITIONS,
     progress: Progress | None = None,
+    during: Sequence[Callable[[], AbstractContextManager[Held]]] | None = None,
 ) -> list[tuple[Timing, Timing]]:
     """Time reading a prompt and greedy decoding behind it, batch size 1, the models in turns.
 
@@ -115,6 +118,9 @@ def speed(
         Measurements of each, after one that does not count.
     progress
         Told how far it is.
+    during
+        For each model a context to be open while it works, whose value is told what the cache holds; once, in the turn
+        that does not count.
 
     Returns
     -------
@@ -128,8 +134,10 @@ def speed(
     prompt = stream.repeat(-(-prefill // len(stream)))[:prefill].view(1, prefill)
     found: list[tuple[list[float], list[float]]] = [([], []) for _ in models]
     for repetition in range(repetitions + 1):
-        for hf, (reading, writing) in zip(models, found, strict=True):
-            first, rest = _once(hf, prompt.to(hf.device), decode)
+        for index, (hf, (reading, writing)) in enumerate(zip(models, found, strict=True)):
+            with during[index]() if during is not None else nullcontext() as held:
+                looks = {} if held is None or repetition else {"held": held}
+                first, rest = _once(hf, prompt.to(hf.device), decode, **looks)
             if repetition:
                 reading.append(first)
                 writing.append(rest)
@@ -185,7 +193,7 @@ def speeds(
         if progress is not None:
             progress(index + 1, len(refs), "memory")
     models = [checkpoint.load(ref, device=device).hf for ref in refs]
-    timed = speed(models, input_ids, progress=progress, **counts)
+    timed = speed(models, input_ids, progress=progress, during=None, **counts)
     return [as_speed(one, *timings) for one, timings in zip(used, timed, strict=True)]
 
 
@@ -243,8 +251,8 @@ def _timing(kind: Literal["prefill", "decode"], tokens: int, seconds: list[float
     )
 
 
-def _once(hf: PreTrainedModel, prompt: Tensor, decode: int) -> tuple[float, float]:
-    """Return the seconds of one prefill and of ``decode`` greedy steps behind it."""
+def _once(hf: PreTrainedModel, prompt: Tensor, decode: int, held: Held | None = None) -> tuple[float, float]:
+    """Return the seconds of one prefill and of ``decode`` greedy steps behind it; ``held`` looks at the cache."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(hf.forward).parameters else {}
     with torch.inference_mode(), checkpoint.quiet():
         start = _clock(hf)
@@ -252,9 +260,14 @@ def _once(hf: PreTrainedModel, prompt: Tensor, decode: int) -> tuple[float, floa
         token = out.logits[:, -1:].argmax(-1)
         middle = _clock(hf)
         for _ in range(decode):
+            if held is not None:
+                held(out.past_key_values)
             out = hf(input_ids=token, past_key_values=out.past_key_values, use_cache=True, **last)
             token = out.logits[:, -1:].argmax(-1)
         end = _clock(hf)
+    if held is not None:
+        held(out.past_key_values)
+        held.close(1)
     return middle - start, end - middle
 
 

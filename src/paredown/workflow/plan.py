@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paredown.core import checkpoint, surgery
+from paredown.core import checkpoint, policy_file, surgery
 from paredown.core.anatomy import Anatomy, Block
+from paredown.core.attach import check_together
 from paredown.core.checkpoint import Model, Skeleton
 from paredown.core.edits import DropBlock, Edit
 from paredown.core.effects import edited
-from paredown.core.method import Compressor, Progress
+from paredown.core.method import Compressor, Policy, Progress
 from paredown.errors import ArchitectureError, NothingTouchedError, RecipeError
 from paredown.workflow import estimate
 from paredown.workflow.recipe import Recipe
@@ -42,29 +43,90 @@ def plan(recipe: Recipe, *, rehearse: bool = True, progress: Progress | None = N
     BudgetError, ArchitectureError, RecipeError, CheckpointError
         Whatever would stop the run later.
     """
-    methods = compressors(recipe)
+    methods, policies = divided(recipe)
     if rehearse:
         plan(recipe, rehearse=False)  # whatever is wrong shall be told before any progress is
     skeleton = checkpoint.skeleton(recipe.model)
-    planned = []
-    for number, method in enumerate(methods):
+    planned: list[Planned] = []
+    brought = policy_file.read(skeleton.folder)
+    steps: list[Compressor | Policy] = [*methods, *policies]
+    for method in steps:
         if progress is not None:
-            progress(number, len(methods), f"plan: {method.name}")
-        planned.append(plan_step(skeleton, method, recipe, rehearse=rehearse))
+            progress(len(planned), len(methods) + len(policies), f"plan: {method.name}")
+        if isinstance(method, Compressor):
+            planned.append(plan_step(skeleton, method, recipe, rehearse=rehearse))
+        else:
+            planned.append(plan_policy(skeleton.model, method, copies=not methods and not planned))
+        if brought and len(planned) == 1:
+            names = ", ".join(policy.name for policy in brought)
+            planned[0].notes.append(f"The policies that the model brings ({names}) are left out; name them as steps.")
         if progress is not None:
-            progress(number + 1, len(methods), f"plan: {method.name}")
+            progress(len(planned), len(methods) + len(policies), f"plan: {method.name}")
     return planned
 
 
-def compressors(recipe: Recipe) -> list[Compressor]:
-    """Return the recipe's methods, all of which must act on weights."""
-    methods = recipe.methods()
-    for method in methods:
-        if not isinstance(method, Compressor):
+def divided(recipe: Recipe) -> tuple[list[Compressor], list[Policy]]:
+    """Return the recipe's compressors, and the policies that it ends in.
+
+    Raises
+    ------
+    RecipeError
+        If a step is neither, or acts on weights behind a policy.
+    PolicyError
+        If two policies act on the same place.
+    """
+    found: list[Compressor] = []
+    policies: list[Policy] = []
+    for method in recipe.methods():
+        if isinstance(method, Policy):
+            policies.append(method)
+        elif not isinstance(method, Compressor):
             raise RecipeError(
-                f"{method.name} is a {method.kind}, which does not change weights; a run takes compressors only."
+                f"{method.name} is a {method.kind}; a run takes methods that make the weights smaller, and policies "
+                "behind them."
             )
-    return cast(list[Compressor], methods)
+        elif policies:
+            raise RecipeError(
+                f"{method.name} changes weights and {policies[-1].name} acts while the model runs; put policies last."
+            )
+        else:
+            found.append(method)
+    if len({policy.name for policy in policies}) < len(policies):
+        raise RecipeError("a policy stands in the recipe twice; name each once.")
+    check_together(policies)
+    return found, policies
+
+
+def plan_policy(model: Model, policy: Policy, *, copies: bool) -> Planned:
+    """Foretell a step that changes no weight."""
+    if not policy.inert and not policy.needs:
+        policy.runtime(model)  # says in one sentence what the model lacks
+    held = tensors(model)
+    notes = [
+        f"{policy.name} acts on {policy.unit} while the model runs: it saves no byte on disk, policy.yaml carries it, "
+        "paredown.load attaches it, and plain transformers opens the weights without it."
+    ]
+    if copies:
+        notes.append("No step before it changes weights: the checkpoint is copied as it is.")
+    if policy.needs:
+        notes.append("What it learns or measures beforehand takes the whole model in memory, and time on top of this.")
+    if policy.axis == "vision":
+        notes.append("The gate reads text alone: what it does to images is not judged.")
+    return Planned(
+        method=policy.name,
+        keep=policy.keep,
+        parameters_before=_count(held),
+        parameters_after=_count(held),
+        bytes_before=_bytes(held),
+        bytes_after=_bytes(held),
+        exact=True,
+        peak_memory_bytes=0,
+        seconds=0.0,
+        uniform=surgery.is_uniform(model.config),
+        loads_in="paredown.load",
+        notes=notes,
+        shapes={},
+    )
 
 
 def plan_step(skeleton: Skeleton, method: Compressor, recipe: Recipe, *, rehearse: bool) -> Planned:

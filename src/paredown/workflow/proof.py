@@ -42,6 +42,11 @@ if loader == "transformers":
     wrong = [str(k) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in report[key]]
     if "paredown" in sys.modules:
         raise SystemExit("paredown was imported")
+elif loader == "policies":
+    import paredown
+    from paredown.core.stepwise import stepwise
+    model = paredown.load(folder, device=sys.argv[6])
+    wrong = [] if model.policies else ["policy.yaml names no policy"]
 elif loader == "block by block":
     from paredown.core import checkpoint, sequential
     skeleton = checkpoint.skeleton(folder)
@@ -61,6 +66,13 @@ if model is None:
         source.close(block.index)
     with source.open_ends(head=True), torch.no_grad():
         logits = torch.cat([part.float().cpu() for part in stream.logits(source, step)])
+elif loader == "policies":
+    found["finite"] = all(bool(torch.isfinite(p).all()) for p in model.hf.parameters())
+    found["policies"] = [policy.name for policy in model.policies]
+    ids, steps = known["input_ids"].to(model.hf.device), known["logits"].shape[1]
+    read = ids.shape[1] - steps
+    passes = stepwise(model.hf, {"input_ids": ids[:, :read]}, ids[:, read:-1])
+    logits = torch.stack([part.float().cpu() for part in passes], dim=1)
 else:
     model = model.to(sys.argv[6]).eval()
     found["finite"] = all(bool(torch.isfinite(p).all()) for p in model.parameters())
@@ -147,6 +159,54 @@ def prove(
         weights_match_config=not found["wrong"],
         finite=found["finite"],
         checks=checks,
+    )
+
+
+def prove_policies(folder: Path, reference: Path, names: list[str], tokenizer: Any, device: str = "cpu") -> Proof:
+    """Open ``folder`` with `paredown.load` in a fresh process, and compare what it computes under its policies.
+
+    Parameters
+    ----------
+    folder : the written checkpoint with its ``policy.yaml``
+    reference : safetensors with ``input_ids [N, T]`` and the ``logits [N, n, V]`` for the last ``n`` of its tokens that
+        the model in memory gave: after the tokens before them in one pass, and after each of them but the last
+    names : the policies that must be attached
+    tokenizer : turns the generated tokens into text; may be None
+
+    Raises
+    ------
+    ProofError
+        Naming what is not as it was in memory.
+    """
+    found = _in_fresh_process(folder, reference, "policies", 1, device)
+    failures = []
+    if found.get("policies") != names:
+        failures.append(f"its policies are {found.get('policies')} and not {names}")
+    if not found["finite"]:
+        failures.append("some weights are not finite numbers")
+    if not found["difference"] <= TOLERANCE * max(1.0, found["spread"]):
+        failures.append(f"under its policies its logits differ by up to {found['difference']:.3g} from those in memory")
+    if "generate_error" in found:
+        failures.append(f"it does not generate ({found['generate_error']})")
+    if failures:
+        raise ProofError(
+            f"the result was written and opened again, but {' and '.join(failures)}; it was not given its final name."
+        )
+    rows, steps = found["shape"][:2]
+    return Proof(
+        passed=True,
+        loader="paredown.load",
+        max_abs_logit_difference=found["difference"],
+        generated=tokenizer.decode(found["generated"]) if tokenizer is not None and found["generated"] else "",
+        bytes_match_plan=True,
+        weights_match_config=True,
+        finite=found["finite"],
+        checks=[
+            f"opened in a fresh process with paredown.load, which attached {' and '.join(names)}",
+            f"under them, logits of {rows} sequences behind a prompt and {steps - 1} steps differ by at most "
+            f"{found['difference']:.2g} from those in memory",
+            *(["it generates under them"] if found["generated"] else []),
+        ],
     )
 
 

@@ -87,9 +87,10 @@ class LayerChange(_Record):
 
 
 class StepRecord(_Record):
-    """One step of a recipe, as it was carried out."""
+    """One step of a recipe, as it was carried out; a policy changes no weight, and its ``changes`` are empty."""
 
     index: int
+    kind: Literal["compressor", "policy"] = "compressor"
     method: str
     title: str
     year: int | None = None

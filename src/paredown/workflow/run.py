@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import paredown
-from paredown.core import calibration, checkpoint, files, surgery
+from paredown.core import calibration, checkpoint, files, policy_file, surgery
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Skeleton
 from paredown.core.compression import Job, Watch, stream_for, stream_of
-from paredown.core.method import Compressor, Outcome, Progress
+from paredown.core.method import Compressor, Outcome, Policy, Progress
 from paredown.core.resources import available_memory, peak_memory
 from paredown.core.sequential import OnDisk, Stream
 from paredown.errors import DataError, GateError, ModelError, OutputError, ParedownError, ProofError
@@ -33,6 +33,7 @@ from paredown.workflow import intervals, journal, judge, measure, plan, proof
 from paredown.workflow.journal import Journal, StepKeeper, write_json, write_tensors, write_text
 from paredown.workflow.recipe import GateSpec, Recipe
 from paredown.workflow.record import Gate, LayerChange, Planned, RunRecord, Score, StepRecord, read_record
+from paredown.workflow.run_policies import Acting
 
 _SPEED_SHARE_OF_MEMORY = 0.4
 
@@ -74,11 +75,11 @@ def run(
     ParedownError
         For whatever the user can mend; nothing is left behind.
     """
-    methods = plan.compressors(recipe)
+    methods, policies = plan.divided(recipe)
     folder = files.locate(recipe.model)
     # First of all: hours of hashing a model in vain would be no kindness.
     journal.check_out(Path(out), force=force or resume)
-    whole = _Run(recipe, methods, folder, Path(out), resume, force, device, speed, progress)
+    whole = _Run(recipe, methods, policies, folder, Path(out), resume, force, device, speed, progress)
     try:
         return whole.carry_out(tell)
     except GateError:
@@ -108,6 +109,7 @@ class _Run:
         self,
         recipe: Recipe,
         methods: Sequence[Compressor],
+        policies: Sequence[Policy],
         folder: Path,
         out: Path,
         resume: bool,
@@ -118,6 +120,7 @@ class _Run:
     ) -> None:
         self.started = time.perf_counter()
         self.recipe, self.methods, self.folder, self.device = recipe, methods, folder, device
+        self.policies = policies
         self.speed, self.progress = speed, progress
         self.gate = GateSpec.parse(recipe.gate)
         self.foretold: list[Planned] | None = None
@@ -147,22 +150,51 @@ class _Run:
             result = self._step(number, method, source, heldout)
             results.append(result)
             source = result.folder
-        scores, gate = self._judge(len(self.methods), heldout)
+        acting = self._act(source, results)
+        scores, gate = self._judge(len(self.methods), heldout, acting)
         if not gate.passed:
             raise GateError(_gate_sentence(gate))
-        last = _reopened(source)
-        shown = proof.prove(
-            source,
-            self.journal.folder / f"step-{len(self.methods)}" / "proof.safetensors",
-            loader=surgery.loads_in(last.model.config),
-            rows=self._rows(last, heldout),
-            plan=results[-1].record.plan,
-            tokenizer=last.model.tokenizer,
-            device=self.device,
-        ) if heldout is not None else None  # fmt: skip
-        record = self._record(results, scores, gate, shown, last, heldout)
-        self._publish(record, results)
+        last = _reopened(results[-1].folder)
+        loader, shown = surgery.loads_in(last.model.config), None
+        if heldout is not None and self.methods:
+            shown = proof.prove(
+                source,
+                self.journal.folder / f"step-{len(self.methods)}" / "proof.safetensors",
+                loader=loader,
+                rows=self._rows(last, heldout),
+                plan=results[len(self.methods) - 1].record.plan,
+                tokenizer=last.model.tokenizer,
+                device=self.device,
+            )
+        result_folder = results[-1].folder
+        if acting is not None:
+            result_folder = self._assemble(results[-1].folder, acting)
+            if heldout is not None:
+                shown = acting.prove(result_folder, heldout, shown)
+        record = self._record(results, scores, gate, shown, last, heldout, result_folder)
+        self._publish(record, results, acting)
         return record
+
+    def _act(self, source: Path, results: list[_StepResult]) -> Acting | None:
+        """Prepare the policies that the recipe ends in; their results are the weights as they are."""
+        if not self.policies:
+            return None
+        first = len(self.methods)
+        acting = Acting(
+            self.policies,
+            self.journal,
+            before=first,
+            original=self.folder,
+            source=source,
+            device=self.device,
+            progress=self.progress,
+        )
+        model = checkpoint.skeleton(source).model
+        plans = [plan.plan_policy(model, policy, copies=not first and not n) for n, policy in enumerate(self.policies)]
+        records = acting.prepare(self.calibration, plans, self.recipe.seed)
+        folder = source if first else acting.copy()
+        results += [_StepResult(record, folder) for record in records]
+        return acting
 
     def _tidy_up(self) -> RunRecord:
         """Return the record of a run that was killed when its result had its final name already."""
@@ -274,14 +306,17 @@ class _Run:
         vocabulary = int(skeleton.model.config.get_text_config().vocab_size)
         return judge.rows_at_once(heldout.input_ids.shape[1], vocabulary)
 
-    def _judge(self, steps: int, heldout: Batch | None) -> tuple[list[Score], Gate]:
+    def _judge(self, steps: int, heldout: Batch | None, acting: Acting | None) -> tuple[list[Score], Gate]:
         """Compare the last step's result with the original model on the same held-out tokens."""
         kind, limit = self.gate.kind, self.gate.limit
         if heldout is None:
             return [], Gate(kind="none", limit=None, value=None, passed=True)
         file = self.journal.folder / f"step-{steps}" / "judged.safetensors"
-        # Each step has compared its result with its own start; several steps are compared from end to end.
-        judged = load_file(file) if steps == 1 else self._from_end_to_end(file.parent / "checkpoint", heldout)
+        if acting is not None:
+            judged = acting.judged(heldout)
+        else:
+            # Each step has compared its result with its own start; several steps are compared from end to end.
+            judged = load_file(file) if steps == 1 else self._from_end_to_end(file.parent / "checkpoint", heldout)
         scores = [intervals.score_perplexity(judged["before"], judged["after"]), intervals.score_kl(judged["kl"])]
         value: float | None = None
         if kind == "ppl":
@@ -301,7 +336,8 @@ class _Run:
             return judge.compare(heldout.input_ids, pairs, rows)[0]
 
     def _calibration(self, skeleton: Skeleton) -> Batch | None:
-        if not any("calibration-data" in method.needs for method in self.methods):
+        learns = any("calibration-data" in method.needs for method in self.methods)
+        if not learns and not any(policy.needs and not policy.inert for policy in self.policies):
             return None
         spec = self.recipe.data
         texts = calibration.read(spec.calibration, model_ref=self.recipe.model, split="calibration")
@@ -344,8 +380,9 @@ class _Run:
         shown: Any,
         last: Skeleton,
         heldout: Batch | None,
+        result: Path,
     ) -> RunRecord:
-        before, after = self._speeds(results[-1].folder, heldout)
+        before, after = self._speeds(result, heldout)
         loader = surgery.loads_in(last.model.config)
         return RunRecord(
             paredown=paredown.__version__,
@@ -363,7 +400,7 @@ class _Run:
             gate=gate,
             proof=shown,
             uniform=loader == "transformers",
-            how_to_load=_how_to_load(loader, type(last.hf).__name__, self.journal.out.name),
+            how_to_load=_how_to_load(loader, type(last.hf).__name__, self.journal.out.name, bool(self.policies)),
             versions=measure.versions(),
             hardware=measure.hardware(self.device),
             seconds=time.perf_counter() - self.started,
@@ -382,17 +419,24 @@ class _Run:
         before, after = measure.speeds([self.folder, result], heldout.input_ids, device=self.device)
         return before, after
 
-    def _publish(self, record: RunRecord, results: Sequence[_StepResult]) -> None:
-        """Add record, report and card to the last checkpoint and give it its final name."""
+    def _assemble(self, result: Path, acting: Acting | None) -> Path:
+        """Put the last checkpoint and the policies together in the folder that will take the final name."""
         whole = self.journal.folder / "whole"
         shutil.rmtree(whole, ignore_errors=True)
-        shutil.copytree(results[-1].folder, whole, copy_function=_link_or_copy)
+        shutil.copytree(result, whole, copy_function=_link_or_copy)
+        if acting is not None:
+            policy_file.write(whole, acting.ready)
+        return whole
+
+    def _publish(self, record: RunRecord, results: Sequence[_StepResult], acting: Acting | None) -> None:
+        """Add record, report and card to the last checkpoint and give it its final name."""
+        whole = self._assemble(results[-1].folder, acting)
         notes = whole / "paredown"
         notes.mkdir()
         write_json(notes / "recipe.json", self.recipe.model_dump(mode="json"))
         write_json(notes / "run.json", record.model_dump(mode="json"))
         for result in results:
-            step = result.folder.parent
+            step = self.journal.folder / f"step-{result.record.index}"
             edits = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(step.glob("edits-*.json"))]
             write_json(notes / f"{step.name}.json", {"method": result.record.method, "edits": edits})
         write_text(whole / "README.md", card.render(record))
@@ -436,7 +480,9 @@ def _shown(ref: str) -> str:
     return str(Path(ref).expanduser().absolute()) if Path(ref).expanduser().is_dir() else ref
 
 
-def _how_to_load(loader: str, cls: str, name: str) -> str:
+def _how_to_load(loader: str, cls: str, name: str, policies: bool) -> str:
+    if policies:
+        return f'import paredown\nmodel = paredown.load("{name}").hf  # its policies are attached'
     if loader == "transformers":
         return f'from transformers import {cls}\nmodel = {cls}.from_pretrained("{name}")'
     return f'import paredown\nmodel = paredown.load("{name}").hf'

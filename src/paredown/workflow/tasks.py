@@ -6,6 +6,7 @@ The same questions are put to every model, so that scores pair.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,11 @@ import numpy.typing as npt
 from paredown.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from paredown.core.calibration import Batch
     from paredown.core.checkpoint import Model
+    from paredown.core.method import Policy
+    from paredown.core.stepwise import Held
+    from paredown.testbeds.tasks import How
 
 Points = npt.NDArray[np.float64]
 
@@ -30,14 +35,42 @@ def own(*refs: str | None) -> list[str]:
     return list(dict.fromkeys(_OF_TESTBED[ref] for ref in refs if ref in _OF_TESTBED))
 
 
-def ask(task: str, model: Model, *, questions: int = QUESTIONS) -> Points:
+def ask(
+    task: str,
+    model: Model,
+    *,
+    questions: int = QUESTIONS,
+    how: How | None = None,
+    policies: Sequence[Policy] = (),
+    held: Held | None = None,
+) -> Points:
     """Put a built-in task to a model and return 0 or 1 for each of ``questions`` questions.
+
+    Parameters
+    ----------
+    task, model
+        What is asked, and who.
+    questions
+        How many.
+    how
+        The question goes through the cache (see `testbeds.tasks.How`); one forward pass by default.
+    policies
+        Attached to the model for as long as it is asked.
+    held
+        Told what the cache holds.
 
     Raises
     ------
     UsageError
         If the model cannot be asked: no image processor, too few positions.
     """
+    from paredown.core.attach import attach
+
+    with attach(model, *policies) if policies else contextlib.nullcontext():
+        return _ask(task, model, questions, how, held)
+
+
+def _ask(task: str, model: Model, questions: int, how: How | None, held: Held | None) -> Points:
     from paredown import testbeds
     from paredown.testbeds import tasks
 
@@ -48,7 +81,7 @@ def ask(task: str, model: Model, *, questions: int = QUESTIONS) -> Points:
         length = min(512, (getattr(hf.config.get_text_config(), "max_position_embeddings", None) or 512) - 8)
         texts = testbeds.heldout_texts("recall")
         try:
-            hits = tasks.recall_accuracy(hf, model.tokenizer, texts, length=length, count=questions)
+            hits = tasks.recall_accuracy(hf, model.tokenizer, texts, length=length, count=questions, how=how, held=held)
         except ValueError as error:
             raise UsageError(f"the task recall cannot be put to {model.source} ({error}).") from None
         return hits.astype(np.float64)
@@ -59,8 +92,31 @@ def ask(task: str, model: Model, *, questions: int = QUESTIONS) -> Points:
                 "pip install 'paredown[vision]'."
             )
         digits, labels = testbeds.heldout_digits()
-        return tasks.mosaic_accuracy(hf, model.processor, digits, labels, count=questions).astype(np.float64)
+        seen = tasks.mosaic_accuracy(hf, model.processor, digits, labels, count=questions, how=how, held=held)
+        return seen.astype(np.float64)
     raise UsageError(f"there is no built-in task {task!r}; there are {' and '.join(BUILT_IN)}.")
+
+
+def practice(model: Model, seed: int) -> Batch:
+    """Return rows of the recall task that policies may learn from: other texts than those it is asked about.
+
+    Raises
+    ------
+    UsageError
+        If the model has no tokenizer.
+    """
+    import torch
+
+    from paredown import testbeds
+    from paredown.core.calibration import Batch
+    from paredown.testbeds import tasks
+
+    if model.tokenizer is None:
+        raise UsageError(f"the task recall needs a tokenizer, and {model.source} has none.")
+    rows = tasks.recall_rows(model.tokenizer, testbeds.calibration_texts("recall"), seed=seed)
+    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    note = "Policies that learn were given rows with planted facts and questions about them, of other texts."
+    return Batch(torch.from_numpy(rows), None, "planted facts", digest, seed, len(rows), (note,))
 
 
 def harness(model: Model, names: Sequence[str], *, limit: int | None = None) -> dict[str, dict[str, float]]:
