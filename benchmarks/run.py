@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import memory, overhead, plan, quality, speed, tables
+from benchmarks import caches, memory, overhead, plan, policies, prompts, quality, speed, tables
 from benchmarks.common import RESULTS, one_thread, say, write
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
@@ -14,6 +14,8 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "memory": memory.measure,
     "speed": speed.measure,
     "plan": plan.measure,
+    "caches": caches.measure,
+    "prompts": prompts.measure,
 }
 
 
@@ -29,7 +31,7 @@ def main() -> None:
             write(measure(), RESULTS / f"{name}.json")
     for name, file in methods.items():
         if asked in (name, "quality", "all"):
-            found = quality.measure(file)
+            found: Any = policies.measure(file) if policies.is_policy(name) else quality.measure(file)
             write(found, RESULTS / file.parent.name / f"{name}.json")
             say(f"{name}: {found.summary}")
     tables.PAGE.write_text(tables.page(), encoding="utf-8")

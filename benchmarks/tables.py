@@ -11,12 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import policies
+from benchmarks.caches import CacheRow
 from benchmarks.common import RESULTS, ROOT, Result, Spread
 from benchmarks.memory import MemoryRow
 from benchmarks.overhead import OverheadRow
 from benchmarks.plan import PlanRow
+from benchmarks.policies import Outcome, PolicyResult
+from benchmarks.prompts import PromptRow
 from benchmarks.quality import Published
 from benchmarks.speed import SpeedRow
+from paredown.workflow.measured import PolicyRow
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 NOTE = "<!-- Written by `python -m benchmarks.tables` from benchmarks/results; measure again with `make bench`. -->"
@@ -25,12 +30,24 @@ TYPES: dict[str, Any] = {
     "memory": Result[MemoryRow],
     "speed": Result[SpeedRow],
     "plan": Result[PlanRow],
+    "caches": Result[CacheRow],
+    "prompts": Result[PromptRow],
 }
 TITLES = {
     "overhead": "What a method costs",
     "memory": "Memory of a run",
     "speed": "Speed of the result",
     "plan": "Plan against run",
+    "caches": "Writing with a long cache",
+    "prompts": "Reading a prompt",
+}
+
+
+_TASKS: dict[tuple[str, str | None], str] = {
+    ("recall", "after"): "Policies: planted facts, asked for after the text was read",
+    ("recall", "within"): "Policies: planted facts, asked for within the prompt",
+    ("vqa", None): "Policies: questions about images",
+    ("ppl", None): "Policies: perplexity of text read through the cache",
 }
 
 
@@ -45,6 +62,7 @@ def page(results: Path = RESULTS) -> str:
         file = results / f"{name}.json"
         if file.is_file():
             lines += _section(name, TYPES[name].model_validate_json(file.read_text(encoding="utf-8")))
+    lines += _policies(results)
     lines += _quality(results)
     return "\n".join(lines) + "\n"
 
@@ -60,7 +78,7 @@ def _section(name: str, found: Any) -> list[str]:
 
 
 def _quality(results: Path) -> list[str]:
-    files = sorted(file for axis in results.iterdir() if axis.is_dir() for file in axis.glob("*.json"))
+    files = _of_methods(results)
     if not files:
         return []
     found = {file.stem: Published.model_validate_json(file.read_text(encoding="utf-8")) for file in files}
@@ -76,6 +94,81 @@ def _quality(results: Path) -> list[str]:
         for method, one in found.items()
     ]
     return lines + _table(("method", "measured", "seeds", "commit", "command"), rows)
+
+
+def _of_methods(results: Path) -> list[Path]:
+    return sorted(file for axis in results.iterdir() if axis.is_dir() for file in axis.glob("*.json"))
+
+
+def _policies(results: Path) -> list[str]:
+    """Return a table for each task: every policy that was measured in it, and the controls it was held against."""
+    files = [file for file in _of_methods(results) if policies.is_policy(file.stem)]
+    found = [PolicyResult.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+    lines: list[str] = []
+    for (task, question), title in _TASKS.items():
+        runs = [
+            (one, outcome)
+            for one in found
+            for outcome in one.outcomes
+            if outcome.run.task == task and (question is None or outcome.run.question == question)
+        ]
+        if not runs:
+            continue
+        lines += ["", f"## {title}", ""]
+        rows = [cells for one, outcome in runs for cells in _of_run(one.method, outcome)]
+        head = ("policy", "keep", "score", "cache bytes", "against random", "", "against streaming", "")
+        first = runs[0][1].original
+        lines += _table(head, [("no policy", "1", _score(first, task), "100 %", "", "", "", ""), *rows])
+        lines += ["", *(f"- {note}" for note in dict.fromkeys(note for _, one in runs for note in one.notes))]
+        commands = dict.fromkeys(f"`{one.command}`, commit {one.commit}" for one, _ in runs)
+        lines += [f"- {'; '.join(commands)}. Random is given in each row's difference; its own score stands below it."]
+    return lines
+
+
+def _of_run(method: str, outcome: Outcome) -> list[tuple[str, ...]]:
+    fields = "".join(f" {key}={_short(value)}" for key, value in outcome.run.fields.items())
+    listed = []
+    for row in outcome.rows:
+        own = row.method == method
+        if own or row.control is None:
+            listed.append(_policy_row(row, f"{row.method}{fields}" if own else f"({row.method})", outcome.run.task))
+    return listed
+
+
+def _policy_row(row: PolicyRow, name: str, task: str) -> tuple[str, ...]:
+    text = task == "ppl"
+    return (
+        name, f"{row.keep:g}", _score(row.score, task), f"{row.steady_share:.0%}",
+        policies.difference(row.difference, text), row.verdict or "",
+        policies.difference(row.streaming_difference, text), row.streaming_verdict or "",
+    )  # fmt: skip
+
+
+def _score(of: Any, task: str) -> str:
+    if task == "ppl":
+        return f"{of.mean:.2f} [{of.low:.2f}, {of.high:.2f}]"
+    return f"{of.mean:.1%} [{of.low:.0%}, {of.high:.0%}]"
+
+
+def _short(value: Any) -> str:
+    text = str(value).strip()
+    return text if len(text) <= 24 else text[:21] + "..."
+
+
+def _cache(row: CacheRow) -> tuple[str, ...]:
+    fields = "".join(f" {key}={value}" for key, value in row.fields.items())
+    return (
+        f"{row.tokens:,}", row.method + fields, _mb(row.kv_bytes), f"{row.share_of_dense:.0%}",
+        f"{row.tokens_per_second:.2f}", _spread(row.speedup), f"{row.bound:.2f}", f"{row.share_of_bound:.0%}",
+    )  # fmt: skip
+
+
+def _prompt(row: PromptRow) -> tuple[str, ...]:
+    fields = "".join(f" {key}={_short(value)}" for key, value in row.fields.items())
+    return (
+        row.model, f"{row.tokens:,}", row.method + fields, f"{row.seconds:.2f} s", _spread(row.speedup),
+        f"{row.bound:.2f}", f"{row.share_of_bound:.0%}", _mb(row.kv_peak_bytes), _mb(row.kv_steady_bytes),
+    )  # fmt: skip
 
 
 def _overhead(row: OverheadRow) -> tuple[str, ...]:
@@ -124,6 +217,15 @@ _TABLES: dict[str, tuple[Sequence[str], Callable[[Any], tuple[str, ...]]]] = {
         ("model", "method", "shapes and bytes exact", "shapes changed", "peak planned", "measured", "error",
          "time planned", "measured", "error"),
         _plan,
+    ),
+    "caches": (
+        ("tokens", "method", "cache", "of dense", "tokens/s", "against dense", "bound", "share of bound"),
+        _cache,
+    ),
+    "prompts": (
+        ("model", "tokens", "method", "time", "against the library", "bound", "share of bound", "cache at most",
+         "cache afterwards"),
+        _prompt,
     ),
 }  # fmt: skip
 
