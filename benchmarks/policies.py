@@ -17,7 +17,7 @@ from paredown.workflow.record import Interval
 
 
 class Run(Frozen):
-    """One comparison, as ``paredown compare`` does it. ``others`` are fields of the controls, method by method."""
+    """One comparison, as ``paredown compare`` does it."""
 
     model: str
     task: Task
@@ -28,7 +28,6 @@ class Run(Frozen):
     sequences: int = 32
     length: int = 512
     fields: dict[str, Any] = {}
-    others: dict[str, dict[str, Any]] = {}
 
 
 class PolicyExperiment(Frozen):
@@ -105,7 +104,7 @@ def _compare(method: str, run: Run) -> PolicyComparison:
         task=run.task,
         question=run.question,
         questions=run.questions,
-        fields={method: run.fields, **run.others},
+        fields={method: run.fields},
         length=run.length,
         sequences=run.sequences,
         device="cpu",
@@ -118,6 +117,8 @@ def summary(method: str, found: Outcome) -> str:
     """Return the sentence about one comparison."""
     what = {"recall": "facts found", "vqa": "questions answered", "ppl": "perplexity"}[found.run.task]
     asked = ", asked within the prompt" if found.run.task == "recall" and found.run.question == "within" else ""
+    fields = [f"{name}={value}" for name, value in found.run.fields.items() if len(str(value)) <= 24]
+    asked += f", with {', '.join(fields)}" if fields else ""
     own = [row for row in found.rows if row.method == method]
     text = found.run.task == "ppl"
     return (

@@ -202,6 +202,13 @@ def test_a_compiled_model_is_refused():
         pass
 
 
+def test_a_model_on_several_devices_is_refused():
+    hf = families.llama()
+    hf.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(PolicyError, match="several devices"), attach(hf, ToyPolicy(keep=0.5)):
+        pass
+
+
 def test_policies_that_share_a_place_are_refused_before_anything_runs():
     hf = families.llama()
     with (

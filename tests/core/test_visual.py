@@ -174,6 +174,17 @@ class TestDropping:
                 assert layer.stores[0].entries.length == length - gone
 
 
+def skip_where_beams_mix_images(hf, given):
+    """Skip where transformers itself gives the beams of a row different images, as releases before 5.23 do."""
+    seen = []
+    decoder = hf.get_submodule(wrap(hf).anatomy.language.decoder)
+    handle = decoder.register_forward_pre_hook(lambda m, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True)
+    generate(hf, given, num_beams=2)
+    handle.remove()
+    if not torch.equal(seen[0][0], seen[0][1]):
+        pytest.skip("this release of transformers mixes up the images of beams")
+
+
 @pytest.mark.parametrize("family", VLMS)
 class TestSeveralImages:
     def test_each_token_knows_its_image(self, family):
@@ -185,15 +196,27 @@ class TestSeveralImages:
             each = len(runtime.map.values) // 3
             assert runtime.images[seen].tolist() == [i for i in range(3) for _ in range(each)]
             assert (runtime.images[~seen] == -1).all()
+
+    def test_beams_have_the_images_of_their_row(self, family):
+        hf, given = build(family), several(family)
+        skip_where_beams_mix_images(hf, given)
+        runtime, context = attached(hf, Looks)
+        with context:
+            families.logits(hf, given)
+            seen = given["input_ids"] == families.IMAGE_TOKEN
+            each = len(runtime.map.values) // 3
             generate(hf, given, num_beams=2)
-            # Beams repeat rows, and each copy has the images of its row.
-            assert (
-                runtime.images[:2][seen[:1].expand(2, -1)].tolist() == [0] * each + [1] * each + [0] * each + [1] * each
-            )
+            # Beams repeat rows; each has two images, shared or copied as the release of transformers has it.
+            for row in runtime.images[:2]:
+                told = row[seen[0]]
+                assert len(told[:each].unique()) == len(told[each:].unique()) == 1
+                assert told[0] >= 0
+                assert told[-1] == told[0] + 1
 
     @pytest.mark.parametrize("kind", [Drops, Thins])
     def test_beams_and_cache(self, family, kind):
         hf, given = build(family), several(family)
+        skip_where_beams_mix_images(hf, given)
         _, context = attached(hf, kind)
         with context:
             cached, plain = generate(hf, given, num_beams=2), generate(hf, given, num_beams=2, use_cache=False)

@@ -89,7 +89,9 @@ def check_model(hf: Any) -> None:
     if _ATTACHED in hf.__dict__:
         raise PolicyError("a policy is attached to this model already; attach several at once: attach(model, a, b).")
     if hasattr(hf, "_orig_mod") or any("_compiled_call_impl" in m.__dict__ or _compiled(m) for m in hf.modules()):
-        raise PolicyError("a compiled model cannot run under a policy; attach it to the model before torch.compile.")
+        raise PolicyError("a compiled model cannot run under a policy; give the model that torch.compile was given.")
+    if len(set((getattr(hf, "hf_device_map", None) or {}).values())) > 1:
+        raise PolicyError("a model spread over several devices cannot run under a policy; load it on one.")
     if getattr(getattr(hf, "generation_config", None), "cache_implementation", None) not in (None, "dynamic"):
         raise PolicyError(
             f"the model's generation config asks for a {hf.generation_config.cache_implementation!r} cache, and a "
@@ -145,7 +147,6 @@ class Attachment:
         self._streams = bool(self._before or self._after or self._eye.chooses)
         self._keeps = bool(self._attend or self._with("store") or self._with("partition") or self._streams)
         self._attentions: dict[int, nn.Module] = {}
-        self._pending: list[tuple[Any, Tensor, Any]] = []
 
     def _with(self, hook: str) -> list[Runtime]:
         return [runtime for runtime in self.runtimes if overrides(runtime, hook)]
@@ -222,7 +223,6 @@ class Attachment:
         self._eye.see(self.now)
         self.last = cache if cache is not None else self.last
         self.stream = Stream(self.now) if self._streams else None
-        self._pending = []
         for runtime in self.runtimes:
             runtime.begin(self.now)
         return args, kwargs

@@ -10,9 +10,11 @@ import torch
 import transformers as tf
 
 import paredown
+from paredown import registry
 from paredown.core.attach import attach
 from paredown.core.attention import probabilities
-from paredown.errors import ArchitectureError, PolicyError
+from paredown.core.runtime import Runtime
+from paredown.errors import ArchitectureError, PolicyError, RecipeError
 from paredown.methods.vision import hired
 from paredown.methods.vision.hired import Hired
 from paredown.methods.vision.random_visual import RandomVisualTokens
@@ -250,6 +252,30 @@ class TestRandom:
             runtime = RandomVisualTokens(keep=0.4, seed=seed).runtime(paredown.core.attach.wrap(hf))
             masks.add(tuple(watched(hf, runtime, given).kept.tolist()))
         assert len(masks) == 4
+
+    def test_stages_leave_exactly_their_share_at_random(self):
+        hf = families.FAMILIES["llava"]()
+        given = families.inputs("llava")
+        shown = int((given["input_ids"][0] == hf.config.image_token_id).sum())
+        rest = given["input_ids"].shape[1] - shown
+        rows: dict[int, list[int]] = {}
+        kept = set()
+
+        class Counts(Runtime):
+            def watch(self, call):
+                rows.setdefault(call.layer, []).append(call.query.shape[2])
+                if call.layer == 2:
+                    kept.add(tuple(call.positions()[0].tolist()))
+
+        model = paredown.core.attach.wrap(hf)
+        for seed in range(4):
+            policy = RandomVisualTokens(keep=0.6, seed=seed, layers=(1, 2), ratios=(0.5, 0.25))
+            with paredown.core.attach.attach_runtimes(model, [policy.runtime(model), Counts(policy, model)]):
+                families.logits(hf, given)
+        assert rows == {0: [rest + shown] * 4, 1: [rest + shown // 2] * 4, 2: [rest + shown // 4] * 4}
+        assert len(kept) > 1
+        with pytest.raises(RecipeError, match="one ratio for each layer"):
+            registry.create("random-visual-tokens", layers=(1,))
 
 
 def watched(hf, runtime, given):
