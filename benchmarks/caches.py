@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks import models
-from benchmarks.common import Frozen, Result, Spread, in_turns, ratios, result, say
+from benchmarks.common import Frozen, Result, Spread, all_threads, in_turns, ratios, result, say
 from paredown import registry
 from paredown.core.attach import Attachment, attach, attach_runtimes
 from paredown.core.attention import Call
@@ -73,6 +73,7 @@ def settings(length: int) -> list[tuple[str, dict[str, Any]]]:
 def measure() -> Result[CacheRow]:
     """Time one model's steps under each policy in turns, at each length."""
     began = time.perf_counter()
+    all_threads()
     config = models.llama(hidden=4096, layers=LAYERS, width=14336, heads=HEADS, vocabulary=4096)
     config.max_position_embeddings = 2 * LENGTHS[-1]
     model = models.build(config)

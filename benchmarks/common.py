@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -130,6 +131,11 @@ def ratios(of: Sequence[float], to: Sequence[float]) -> Spread:
 def one_thread() -> None:
     """Compute with one thread: the machine's other cores belong to others."""
     torch.set_num_threads(1)
+
+
+def all_threads() -> None:
+    """Compute with a thread for each core, for what would take too long with one; only on a quiet machine."""
+    torch.set_num_threads(os.cpu_count() or 1)
 
 
 def say(text: str) -> None:
