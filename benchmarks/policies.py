@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +118,13 @@ def summary(method: str, found: Outcome) -> str:
     asked = ", asked within the prompt" if found.run.task == "recall" and found.run.question == "within" else ""
     fields = [f"{name}={value}" for name, value in found.run.fields.items() if len(str(value)) <= 24]
     asked += f", with {', '.join(fields)}" if fields else ""
-    own = [row for row in found.rows if row.method == method]
     text = found.run.task == "ppl"
-    return (
-        f"{found.run.model} ({what}{asked}: {number(found.original.mean, text)}): "
-        + "; ".join(f"keep {row.keep:g} gives {number(row.score.mean, text)}{_against(row, text)}" for row in own)
-        + "."
+    own = "; ".join(
+        f"keep {row.keep:g} gives {number(row.score.mean, text)}{_against(row, text)}"
+        for row in found.rows
+        if row.method == method
     )
+    return f"{found.run.model} ({what}, {number(found.original.mean, text)} without{asked}): {own}."
 
 
 def number(value: float, text: bool) -> str:
@@ -143,8 +142,11 @@ def difference(of: Interval | None, text: bool) -> str:
 
 
 def _against(row: PolicyRow, text: bool) -> str:
-    parts: Sequence[tuple[str, Interval | None, str | None]] = (
-        ("random", row.difference, row.verdict),
-        ("streaming", row.streaming_difference, row.streaming_verdict),
-    )
-    return "".join(f", {difference(d, text)} against {name} ({v})" for name, d, v in parts if d is not None)
+    parts = ((row.difference, row.verdict), (row.streaming_difference, row.streaming_verdict))
+    names = ("random", "streaming")
+    told = [
+        f"{verdict if name in verdict else f'{verdict} to {name}'} ({difference(found, text)})"
+        for name, (found, verdict) in zip(names, parts, strict=True)
+        if found is not None and verdict is not None
+    ]
+    return f": {', '.join(told)}" if told else ""

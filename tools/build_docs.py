@@ -78,10 +78,16 @@ def catalogue(entries: tuple[Entry, ...], root: Path) -> str:
         for entry in group:
             result = measured(entry, root)
             link = f"[{entry.name}](docs/methods/{entry.name}.md)"
-            cells = (link, entry.unit, source(entry), result["summary"] if result else "")
+            cells = (link, entry.unit, source(entry), headline(result["summary"]) if result else "")
             parts.append(_row(cells))
         parts.append("")
     return "\n".join(parts)
+
+
+def headline(summary: str) -> str:
+    """Return what was measured first; the method's page has the rest."""
+    first, more, _ = summary.partition(". testbed:")
+    return f"{first}. (And more.)" if more else summary
 
 
 def index(entries: tuple[Entry, ...]) -> str:
@@ -118,6 +124,9 @@ def method_page(entry: Entry, result: dict[str, Any] | None) -> str:
         ]
     if entry.kind == "compressor":
         lines += ["", "## Use", "", "```", f"paredown run MODEL --method {entry.name} --keep 0.5 --out DIR", "```"]
+    if entry.kind == "policy":
+        use = f"paredown generate MODEL --policy {entry.name} --keep 0.5 --prompt-file FILE"
+        lines += ["", "## Use", "", "```", use, "```"]
     if result:
         lines += ["", "## Measured", "", result["summary"], "", "```", result["command"], "```", ""]
         lines += [f"Commit {result['commit']}, seeds {result['seeds']}, {result['hardware']}."]

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 PREFIX = "paredown-"
 PACKED_QUERIES = 64
 """Up to this many queries, the heads of a group are packed into one product instead of repeating keys and values."""
+LONG = 1024
+"""From so many entries on, what a batched product would copy is taken head by head."""
 ROWS_AT_ONCE = 256
 """Queries whose attention rows are held at once while columns are summed."""
 _UNPACKABLE = ("softcap", "s_aux", "position_bias")
@@ -259,7 +261,7 @@ def _with_mask(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def probabilities(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """Return attention probabilities for a few queries, in fp32.
+    """Return attention probabilities for a few queries: products in the model's precision, softmax in fp32.
 
     Parameters
     ----------
@@ -274,8 +276,8 @@ def probabilities(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | No
     """
     batch, heads, length, width = query.shape
     kv = keys.shape[1]
-    grouped = query.reshape(batch, kv, heads // kv * length, width).float()
-    logits = (grouped @ keys.float().transpose(-1, -2) * scaling).view(batch, heads, length, -1)
+    grouped = query.reshape(batch, kv, heads // kv * length, width)
+    logits = (over_heads(grouped, keys.transpose(-1, -2)).float() * scaling).view(batch, heads, length, -1)
     if mask is None:
         return logits.softmax(-1)
     if mask.shape[1] not in (1, heads):
@@ -283,6 +285,22 @@ def probabilities(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | No
     hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
     logits = logits.masked_fill(hidden, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
     return logits.softmax(-1).masked_fill(hidden, 0.0)
+
+
+def over_heads(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right`` for ``[B, H, n, k]`` and ``[B, H, k, m]``, without copying a cache that has spare room.
+
+    Between the heads of a growing cache lies what is not filled yet; a batched product on a CPU copies all of it.
+    """
+    rows, columns = right.shape[2:]
+    dense = right.stride(1) == rows * columns and right.stride(0) == right.shape[1] * rows * columns
+    if dense or right.is_cuda or max(rows, columns) < LONG or right.requires_grad or left.requires_grad:
+        return left @ right
+    out = left.new_empty((*left.shape[:3], columns))
+    for b in range(left.shape[0]):
+        for h in range(left.shape[1]):
+            torch.mm(left[b, h], right[b, h], out=out[b, h])
+    return out
 
 
 def column_sums(call: Call, keys: Tensor, held: Tensor | None) -> Tensor:

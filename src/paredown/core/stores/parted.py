@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from paredown.core.attention import ROWS_AT_ONCE, Call, Visible, compute, special, visible
+from paredown.core.attention import ROWS_AT_ONCE, Call, Visible, compute, over_heads, special, visible
 from paredown.core.cache import Store
 from paredown.errors import PolicyError
 
@@ -116,7 +116,9 @@ class PartedStore(Store):
             keys, values = self.whole()
             out = compute(call, torch.cat([keys, held.keys], 2), torch.cat([values, held.values], 2), seen)
         else:
-            latest = Piece(lambda q: q @ held.keys.transpose(-1, -2), lambda w: w @ held.values, held.length)
+            latest = Piece(
+                lambda q: over_heads(q, held.keys.transpose(-1, -2)), lambda w: over_heads(w, held.values), held.length
+            )
             out = joined(call, [*self.pieces(), latest], seen)
         self.settle(call)
         return out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from paredown.core import budget
-from paredown.core.attention import Call
+from paredown.core.attention import Call, over_heads
 from paredown.core.cache import Entries
 from paredown.core.stores.parted import PartedStore, Piece
 
@@ -88,9 +88,9 @@ class ThinKeys(PartedStore):
 
         def logits(query: Tensor) -> Tensor:
             wide = index[:, :, None].expand(-1, -1, query.shape[2], -1)
-            return query.gather(3, wide) @ held.keys.transpose(-1, -2)
+            return over_heads(query.gather(3, wide), held.keys.transpose(-1, -2))
 
-        yield Piece(logits, lambda weights: weights @ held.values, held.length)
+        yield Piece(logits, lambda weights: over_heads(weights, held.values), held.length)
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Return keys with zeros where channels are gone, and values."""
