@@ -121,16 +121,17 @@ def _policies(results: Path) -> list[str]:
         lines += _table(head, [("no policy", "1", _score(first, task), "100 %", "", "", "", ""), *rows])
         lines += ["", *(f"- {note}" for note in dict.fromkeys(note for _, one in runs for note in one.notes))]
         commands = dict.fromkeys(f"`{one.command}`, commit {one.commit}" for one, _ in runs)
-        lines += [f"- {'; '.join(commands)}. Random is given in each row's difference; its own score stands below it."]
+        lines += [f"- {'; '.join(commands)}. In brackets: what a policy was held against."]
     return lines
 
 
 def _of_run(method: str, outcome: Outcome) -> list[tuple[str, ...]]:
     fields = "".join(f" {key}={_short(value)}" for key, value in outcome.run.fields.items())
     listed = []
+    shown = {method, "streaming"} | {row.control for row in outcome.rows if row.method == method}
     for row in outcome.rows:
         own = row.method == method
-        if own or row.control is None:
+        if row.method in shown:
             listed.append(_policy_row(row, f"{row.method}{fields}" if own else f"({row.method})", outcome.run.task))
     return listed
 
