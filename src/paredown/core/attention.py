@@ -102,6 +102,11 @@ class Call:
         new = torch.arange(self.query.shape[2], device=self.query.device)
         return (new + self.past).expand(self.query.shape[0], -1)
 
+    def real(self) -> Tensor:
+        """Return which rows are tokens and neither fillers nor padding, ``[B, Q]``."""
+        at = self.positions()
+        return at >= 0 if self.now is None else self.now.real(at)
+
     def plain(self) -> Tensor:
         """Return what the model's own function makes of the call, ``[B, Q, H, d]``."""
         out: Tensor = self.own(
@@ -311,9 +316,7 @@ def column_sums(call: Call, keys: Tensor, held: Tensor | None) -> Tensor:
     batch, heads, length, _ = call.query.shape
     sums = call.query.new_zeros((batch, heads, keys.shape[2]), dtype=torch.float32)
     positions = call.positions()
-    real = positions >= 0
-    if call.now is not None and call.now.padding is not None:
-        real = real & call.now.padding.gather(1, positions.clamp_min(0))
+    real = call.real()
     for start in range(0, length, ROWS_AT_ONCE):
         part = slice(start, min(length, start + ROWS_AT_ONCE))
         few = replace(call, query=call.query[:, :, part], rows=positions[:, part], ordered=False)

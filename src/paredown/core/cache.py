@@ -222,10 +222,7 @@ class WindowStore(Store):
             return
         if positions is None:
             positions = torch.arange(held.length, device=held.keys.device).expand(held.keys.shape[0], -1)
-        real = positions >= 0
-        if call.now.padding is not None:
-            real &= call.now.padding.gather(1, positions.clamp_min(0))
-        held.select(ends(real, self.sink, self.recent))
+        held.select(ends(call.now.real(positions), self.sink, self.recent))
 
 
 def ends(real: Tensor, sink: int, recent: int) -> Tensor:

@@ -57,6 +57,16 @@ class Pass:
         """Whether more than one new token is read."""
         return self.length > 1
 
+    def real(self, positions: Tensor) -> Tensor:
+        """Return which logical positions, ``[B, n]`` or ``[B, Hkv, n]``, are tokens: no empty slots, no padding."""
+        there = positions >= 0
+        if self.padding is None:
+            return there
+        padding = self.padding
+        if positions.dim() == 3:
+            padding = padding[:, None].expand(-1, positions.shape[1], -1)
+        return there & padding.gather(-1, positions.clamp_min(0))
+
 
 @dataclass(frozen=True)
 class Part:

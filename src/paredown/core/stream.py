@@ -77,10 +77,7 @@ class Stream:
     def real(self) -> Tensor:
         """Return which rows are tokens and neither fillers nor padding, ``[B, n]``."""
         at = self.positions()
-        real = at >= 0
-        if self.now is not None and self.now.padding is not None:
-            real = real & self.now.padding.gather(1, at.clamp_min(0))
-        return real
+        return at >= 0 if self.now is None else self.now.real(at)
 
     def visual(self) -> Tensor:
         """Return which rows stand for pieces of images, ``[B, n]``; rows of earlier passes never do."""

@@ -136,8 +136,7 @@ class PartedStore(Store):
         positions = self.entries.positions
         if positions is None:
             positions = torch.arange(self.entries.length, device=call.query.device).expand(len(call.query), -1)
-        there = positions >= 0
-        return there if padding is None else there & padding.gather(1, positions.clamp_min(0))
+        return positions >= 0 if call.now is None else call.now.real(positions)
 
     def age(self, count: int) -> None:
         """Note that the first ``count`` entries are old now, and free them."""

@@ -296,9 +296,7 @@ def importance(call: Call, keys: Tensor, positions: Tensor | None, rows: int) ->
     now = call.now
     assert now is not None
     at = call.positions()
-    real = at >= now.past
-    if now.padding is not None:
-        real = real & now.padding.gather(1, at.clamp_min(0))
+    real = now.real(at) & (at >= now.past)
     newest, where = at.masked_fill(~real, -1).topk(min(rows, at.shape[1]), dim=1)
     query = call.query.gather(2, where[:, None, :, None].expand(-1, call.query.shape[1], -1, call.query.shape[3]))
     few = replace(call, query=query, rows=newest, ordered=False)

@@ -282,12 +282,7 @@ class SlotStore(Store):
             positions = torch.arange(held.length, device=call.key.device).expand(len(call.key), -1)
         if positions.dim() == 2:
             positions = positions[:, None]
-        real = positions >= 0
-        padding = None if call.now is None else call.now.padding
-        if padding is not None:
-            wide = padding[:, None].expand(-1, positions.shape[1], -1)
-            real = real & wide.gather(2, positions.clamp_min(0))
-        return real
+        return positions >= 0 if call.now is None else call.now.real(positions)
 
     def _due(self, call: Call) -> Tensor:
         assert self._room is not None

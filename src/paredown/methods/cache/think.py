@@ -78,11 +78,7 @@ class _Scored(ThinKeys):
 
     def _remember(self, call: Call) -> None:
         latest = call.query[:, :, -self._window :]
-        positions = call.positions()[:, -self._window :]
-        real = positions >= 0
-        if call.now is not None and call.now.padding is not None:
-            real = real & call.now.padding.gather(1, positions.clamp_min(0))
-        latest = latest * real[:, None, :, None]
+        latest = latest * call.real()[:, None, -self._window :, None]
         if self._queries is not None:
             latest = torch.cat([self._queries, latest], dim=2)
         self._queries = latest[:, :, -self._window :].clone()

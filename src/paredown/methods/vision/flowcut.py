@@ -202,9 +202,7 @@ class _Late(Runtime):
         at = call.positions()
         new = at - call.past
         shown = now.visual.gather(1, new.clamp_min(0)) & (new >= 0)
-        real = at >= 0
-        if now.padding is not None:
-            real = real & now.padding.gather(1, at.clamp_min(0))
+        real = now.real(at)
         order = torch.arange(at.shape[1], device=at.device)
         last = torch.where(real, order, 0).amax(1)[:, None, None, None]
         mask = shown[:, None, None]

@@ -281,9 +281,7 @@ class _MustDrop(Runtime):
         at = call.positions()
         new = at - call.past
         shown = now.visual.gather(1, new.clamp_min(0)) & (new >= 0)
-        text = (at >= 0) & ~shown & (shown.cumsum(1) > 0)
-        if now.padding is not None:
-            text &= now.padding.gather(1, at.clamp_min(0))
+        text = now.real(at) & ~shown & (shown.cumsum(1) > 0)
         rows = packed(text)
         total = torch.zeros(at.shape, device=at.device)
         most = torch.zeros_like(total)
