@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
-from paredown.report import words
-from paredown.report.tables import COLOURS, difference, footnotes, interval, markdown_row, plain, table
+from paredown.report import drawing, words
+from paredown.report.tables import difference, footnotes, interval, markdown_row, plain, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,49 +56,15 @@ def markdown(record: PolicyComparison) -> str:
 
 def svg(record: PolicyComparison) -> str:
     """Return a comparison as a drawing: the score against what was kept, controls dashed; the same bytes each time."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    controls = {row.control for row in record.rows} - {None}
-    style = {"svg.hashsalt": "paredown", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        canvas = FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        methods = list(dict.fromkeys(row.method for row in record.rows))
-        for index, method in enumerate(methods):
-            found = sorted((row for row in record.rows if row.method == method), key=lambda row: row.keep)
-            shift = (index - (len(methods) - 1) / 2) * 0.004  # keeps the bars of equal budgets apart
-            values = [row.score for row in found]
-            axes.errorbar(
-                [row.keep + shift for row in found],
-                [value.mean for value in values],
-                yerr=[
-                    [max(0.0, value.mean - value.low) for value in values],
-                    [max(0.0, value.high - value.mean) for value in values],
-                ],
-                label=method,
-                color="#8a8a8a" if method in controls else COLOURS[index % len(COLOURS)],
-                linestyle="--" if method in controls else "-",
-                marker="o",
-                markersize=4,
-                linewidth=1.4,
-                capsize=3,
-            )
-        axes.axhline(record.original.mean, color="#333333", linewidth=0.8, linestyle=":", label="no policy")
-        means = [row.score.mean for row in record.rows]
-        if record.task == "ppl" and min(means) > 0 and max(means) > 5 * min(means) and max(means) < float("inf"):
-            axes.set_yscale("log")
-        axes.set_xlabel("share kept")
-        axes.set_ylabel("perplexity" if record.task == "ppl" else "share of correct answers")
-        axes.set_title(f"{words.short_name(record.model)}: mean and 95 % interval, {_seeds(record)}", fontsize=9)
-        axes.set_xticks(sorted({row.keep for row in record.rows}))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        text = io.StringIO()
-        canvas.print_svg(text, metadata={"Date": None, "Creator": None})
-    return text.getvalue()
+    text = record.task == "ppl"
+    return drawing.svg(
+        [(row.method, row.keep, row.score) for row in record.rows],
+        {row.control for row in record.rows if row.control is not None},
+        level=(record.original.mean, "no policy"),
+        log=text,
+        label="perplexity" if text else "share of correct answers",
+        title=f"{words.short_name(record.model)}: mean and 95 % interval, {_seeds(record)}",
+    )
 
 
 def _heads(record: PolicyComparison) -> list[str]:

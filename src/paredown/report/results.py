@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from paredown.report import words
-from paredown.report.tables import COLOURS, difference, footnotes, interval, markdown_row, plain, table
+from paredown.report import drawing, words
+from paredown.report.tables import difference, footnotes, interval, markdown_row, plain, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,51 +72,15 @@ def markdown(record: CompareRecord) -> str:
 
 def svg(record: CompareRecord) -> str:
     """Return a comparison as a drawing: the metric against what was kept, controls dashed; the same bytes each time."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    controls = {row.control for row in record.rows} - {None}
-    style = {"svg.hashsalt": "paredown", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        canvas = FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        methods = list(dict.fromkeys(row.method for row in record.rows))
-        for index, method in enumerate(methods):
-            found = sorted((row for row in record.rows if row.method == method), key=lambda row: row.keep)
-            # A small shift keeps the bars of methods with equal budgets apart.
-            shift = (index - (len(methods) - 1) / 2) * 0.004
-            values = [row.perplexity if record.metric == "ppl" else row.kl for row in found]
-            axes.errorbar(
-                [row.keep + shift for row in found],
-                [value.mean for value in values],
-                yerr=[
-                    [max(0.0, value.mean - value.low) for value in values],
-                    [max(0.0, value.high - value.mean) for value in values],
-                ],
-                label=method,
-                color="#8a8a8a" if method in controls else COLOURS[index % len(COLOURS)],
-                linestyle="--" if method in controls else "-",
-                marker="o",
-                markersize=4,
-                linewidth=1.4,
-                capsize=3,
-            )
-        if record.metric == "ppl":
-            axes.axhline(record.original.mean, color="#333333", linewidth=0.8, linestyle=":", label="original")
-        means = [row.perplexity.mean if record.metric == "ppl" else row.kl.mean for row in record.rows]
-        if min(means) > 0 and max(means) > 5 * min(means) and math.isfinite(max(means)):
-            axes.set_yscale("log")
-        axes.set_xlabel("share kept")
-        axes.set_ylabel("perplexity" if record.metric == "ppl" else "KL to the original (nats/token)")
-        axes.set_title(f"{words.short_name(record.model)}: mean and 95 % interval, {_seeds(record)}", fontsize=9)
-        axes.set_xticks(sorted({row.keep for row in record.rows}))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        text = io.StringIO()
-        canvas.print_svg(text, metadata={"Date": None, "Creator": None})
-    return text.getvalue()
+    text = record.metric == "ppl"
+    return drawing.svg(
+        [(row.method, row.keep, row.perplexity if text else row.kl) for row in record.rows],
+        {row.control for row in record.rows if row.control is not None},
+        level=(record.original.mean, "original") if text else None,
+        log=True,
+        label="perplexity" if text else "KL to the original (nats/token)",
+        title=f"{words.short_name(record.model)}: mean and 95 % interval, {_seeds(record)}",
+    )
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
