@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.common import ROOT, Frozen, commit, hardware
 from paredown.workflow.compare import compare
-from paredown.workflow.measured import Row
+from paredown.workflow.measured import CompareRecord, Row
 
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
 
@@ -84,6 +84,7 @@ def measure(file: Path) -> QualityResult:
         calibration_sequences=spec.calibration_sequences,
         device="cpu",
     )
+    assert isinstance(record, CompareRecord)
     own = [row for row in record.rows if row.method == method]
     return QualityResult(
         method=method,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import caches, memory, overhead, plan, policies, prompts, quality, speed, tables
+from benchmarks import axes, caches, memory, overhead, plan, policies, prompts, quality, speed, tables
 from benchmarks.common import RESULTS, one_thread, say, write
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
@@ -16,6 +17,8 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "plan": plan.measure,
     "caches": caches.measure,
     "prompts": prompts.measure,
+    "axis-experts": functools.partial(axes.measure, "experts"),
+    "axis-depth": functools.partial(axes.measure, "depth"),
 }
 
 

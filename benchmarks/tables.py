@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import policies
+from benchmarks.axes import AxisRow
 from benchmarks.caches import CacheRow
 from benchmarks.common import RESULTS, ROOT, Result, Spread
 from benchmarks.memory import MemoryRow
@@ -32,6 +33,8 @@ TYPES: dict[str, Any] = {
     "plan": Result[PlanRow],
     "caches": Result[CacheRow],
     "prompts": Result[PromptRow],
+    "axis-experts": Result[AxisRow],
+    "axis-depth": Result[AxisRow],
 }
 TITLES = {
     "overhead": "What a method costs",
@@ -40,6 +43,8 @@ TITLES = {
     "plan": "Plan against run",
     "caches": "Writing with a long cache",
     "prompts": "Reading a prompt",
+    "axis-experts": "Experts: all methods",
+    "axis-depth": "Depth: all methods",
 }
 
 
@@ -202,6 +207,17 @@ def _plan(row: PlanRow) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _axis(row: AxisRow) -> tuple[str, ...]:
+    fields = "".join(f" {key}={_short(value)}" for key, value in row.fields.items())
+    kind = f" ({row.kind})" if row.kind not in ("", "compressor") else ""
+    return (
+        f"{row.method}{fields}{kind}", f"{row.keep:g}", _mb(row.bytes), f"{row.share_of_bytes:.0%}",
+        _spread(row.prefill), _spread(row.decode), _score(row.perplexity, "ppl"),
+        "" if row.recall is None else f"{row.recall:.1%}", f"{row.seconds:.0f} s",
+    )  # fmt: skip
+
+
+_AXIS_HEAD = ("method", "keep", "weights", "of whole", "prefill", "decode", "perplexity", "recall", "time to make")
 _TABLES: dict[str, tuple[Sequence[str], Callable[[Any], tuple[str, ...]]]] = {
     "overhead": (("model", "method", "tokens", "bare forward", "method / forward", "goal met"), _overhead),
     "memory": (
@@ -228,6 +244,8 @@ _TABLES: dict[str, tuple[Sequence[str], Callable[[Any], tuple[str, ...]]]] = {
          "cache afterwards"),
         _prompt,
     ),
+    "axis-experts": (_AXIS_HEAD, _axis),
+    "axis-depth": (_AXIS_HEAD, _axis),
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.compression import InMemory, Job, stream_for
 from paredown.core.edits import Edit
-from paredown.core.method import Compressor
+from paredown.core.method import Compressor, WholeModelCompressor
 from paredown.core.sequential import Resident, Stream
 
 # Fields that make a method another one; defaults are always among them.
@@ -74,8 +74,15 @@ class Case:
 
 
 def names(kind: str = "compressor") -> list[str]:
-    """Return the methods of a kind that ship with Paredown."""
-    return [entry.name for entry in registry.entries() if entry.kind == kind and entry.module.startswith("paredown.")]
+    """Return the methods of a kind that ship with Paredown; of compressors those that work block by block."""
+    found = [entry.name for entry in registry.entries() if entry.kind == kind and entry.module.startswith("paredown.")]
+    return [name for name in found if not issubclass(registry.get(name), WholeModelCompressor)]
+
+
+def whole_names() -> list[str]:
+    """Return the compressors that work on a whole model in memory."""
+    found = [entry.name for entry in registry.entries() if entry.module.startswith("paredown.")]
+    return [name for name in found if issubclass(registry.get(name), WholeModelCompressor)]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from paredown.core import audit, effects, files, policy_file, sequential, surgery
 from paredown.workflow import journal, plan, proof
-from paredown.workflow import run as run_module
+from paredown.workflow import steps as steps_module
 from paredown.workflow.record import Proof
 
 
@@ -142,7 +142,7 @@ def disk_full() -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         honest(file, *args, **options)
 
-    journal.write_tensors = run_module.write_tensors = write_tensors
+    journal.write_tensors = steps_module.write_tensors = write_tensors
 
 
 def weights_unreadable() -> None:

@@ -11,10 +11,11 @@ from torch import nn
 
 from paredown.core.anatomy import Block
 from paredown.core.compression import Point
+from paredown.core.durable import write_json, write_tensors, write_text
 from paredown.core.edits import DropBlock, KeepExperts
 from paredown.core.method import View
 from paredown.errors import OutputError
-from paredown.workflow.journal import Journal, StepKeeper, check_out, write_json, write_tensors, write_text
+from paredown.workflow.journal import Journal, StepKeeper, check_out
 
 WHO = {"recipe": {"model": "m"}, "model": "abc"}
 

@@ -6,7 +6,7 @@ numbering of the model that the step was given.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -18,11 +18,15 @@ class _Edit(BaseModel):
 
 
 class KeepExperts(_Edit):
-    """Keep these experts of a layer, in this order; router rows and correction bias follow; ``top_k`` may fall."""
+    """Keep these experts of a layer, in this order; router rows and correction bias follow; ``top_k`` may fall.
+
+    ``clusters`` tells, for methods that group experts, which ones each kept expert stands for, itself among them.
+    """
 
     op: Literal["keep_experts"] = "keep_experts"
     keep: tuple[int, ...]
     top_k: int
+    clusters: tuple[tuple[int, ...], ...] | None = None
 
 
 class KeepExpertNeurons(_Edit):
@@ -63,8 +67,51 @@ class DropBlock(_Edit):
     op: Literal["drop_block"] = "drop_block"
 
 
+class ChangeWeights(_Edit):
+    """Weights were changed in place, shapes stay: zeros, fewer levels, training.
+
+    ``before`` and ``after`` count the method's units of this layer (weights that are not zero, bits); ``detail`` says
+    what each tensor got.
+    """
+
+    op: Literal["change_weights"] = "change_weights"
+    unit: str
+    before: int
+    after: int
+    detail: dict[str, Any] = Field(default_factory=dict)
+
+
+class ShareBlock(_Edit):
+    """Let a block use the weights of block ``source``, beside low-rank deltas of ``rank`` (0: none).
+
+    ``norms`` says whether the block keeps its norms and biases. ``source`` is an earlier block that stays and shares
+    with nobody before it, or the block itself: then it keeps its weights and only gets deltas beside them.
+    """
+
+    op: Literal["share_block"] = "share_block"
+    source: int
+    rank: int = Field(0, ge=0)
+    norms: bool = True
+
+
+class FuseBlocks(_Edit):
+    """Run ``count`` blocks from this one on side by side on one input, fused into one wide block that stands here."""
+
+    op: Literal["fuse_blocks"] = "fuse_blocks"
+    count: int = Field(ge=2)
+
+
 Edit = Annotated[
-    KeepExperts | KeepExpertNeurons | KeepNeurons | KeepHeads | DropSublayer | DropBlock, Field(discriminator="op")
+    KeepExperts
+    | KeepExpertNeurons
+    | KeepNeurons
+    | KeepHeads
+    | DropSublayer
+    | DropBlock
+    | ChangeWeights
+    | ShareBlock
+    | FuseBlocks,
+    Field(discriminator="op"),
 ]
 
 _ADAPTER: TypeAdapter[list[Edit]] = TypeAdapter(list[Edit])

@@ -1,6 +1,7 @@
 """What a method is: a frozen pydantic model whose fields are its hyper-parameters.
 
-- Five kinds, by when they act; :class:`Compressor`, :class:`Policy` and :class:`Probe` are written so far.
+- Five kinds, by when they act; :class:`Compressor`, :class:`Policy`, :class:`TrainingMethod` and :class:`Probe` are
+  written so far.
 - Registering is one decorator, :func:`register`; README table, docs, command line and test matrix follow from it.
 - Class attributes say what the catalogue needs to know; the first paragraph of the docstring is its summary.
 - Importing this module imports no torch, so that methods can be listed in an instant.
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,23 +22,36 @@ from paredown.core.edits import Edit
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
     from paredown.core.anatomy import Block
     from paredown.core.attach import Attachment
     from paredown.core.calibration import Batch
     from paredown.core.checkpoint import Model
     from paredown.core.runtime import Runtime
+    from paredown.core.session import Session
     from paredown.core.statistics import Observer
 
 Scores = Mapping[str, "torch.Tensor"]
+AGAIN = "again."
+"""Prefix of scores of a second look, behind compressed layers."""
 Axis = Literal[
     "experts", "depth", "width", "weights", "bits", "cache", "vision", "context", "training", "architecture", "analysis"
 ]
 Kind = Literal["compressor", "policy", "training", "selector", "probe"]
 Progress = Callable[[int, int, str], None]
 Place = Literal[
-    "vision tower", "visual prompt", "visual stream", "token stream", "heads", "keys", "values", "slots", "reads"
+    "vision tower",
+    "visual prompt",
+    "visual stream",
+    "token stream",
+    "heads",
+    "keys",
+    "values",
+    "slots",
+    "reads",
+    "channels",
+    "routers",
 ]
 P = TypeVar("P", bound="Policy")
 
@@ -102,14 +117,21 @@ class Compressor(Method):
 
     A subclass writes ``score`` and ``decide``; the engine in ``core.compression`` does the rest, in memory or from
     disk. ``scope`` says whether a layer's decision needs that layer's scores alone; ``propagate`` says whether later
-    layers are observed behind the dense or behind the already compressed earlier ones.
+    layers are observed behind the dense or behind the already compressed earlier ones. Where all layers are decided
+    together and later ones shall be observed behind compressed ones, each is looked at twice: densely for
+    :meth:`decide`, and again before it is cut; what is scored then has the prefix `AGAIN`.
     """
 
     kind: ClassVar[Kind] = "compressor"
-    scope: ClassVar[Literal["layer", "global"]] = "layer"
+    scope: ClassVar[Literal["layer", "global", "model"]] = "layer"
     propagate: ClassVar[Literal["dense", "edited"]] = "dense"
 
     keep: float = Field(0.5, gt=0, le=1, description="Share of the units that stay; 1 changes nothing.")
+
+    @property
+    def replays(self) -> bool:
+        """Whether a block's attention stays as it is, so that what it puts out need not be computed a second time."""
+        return True
 
     def applies(self, part: Block) -> bool:
         """Whether the block has what this method removes."""
@@ -123,12 +145,20 @@ class Compressor(Method):
         """Turn measurements and weights into scores: small CPU tensors that the journal keeps.
 
         A score must be a function of its arguments alone, so that an interrupted run goes on with the same numbers.
+        What is too large to be kept has a name that begins with an underscore: it lives until the layer is cut.
         """
         raise NotImplementedError
 
     def decide(self, blocks: Sequence[Block], scores: Mapping[int, Scores]) -> list[Edit]:
         """Turn scores into edits, within the budget, exactly. ``scores`` is keyed by layer."""
         raise NotImplementedError
+
+    def refine(self, view: View, edits: Sequence[Edit], scores: Scores) -> list[Edit]:
+        """Settle what only a layer's weights can tell, once its budget stands: which unit of a group is kept, say.
+
+        How many units stay must not change.
+        """
+        return list(edits)
 
     def rewrite(self, view: View, edits: Sequence[Edit], scores: Scores) -> str | None:
         """Change weights that stay, before surgery removes the others. Most methods have nothing to do here.
@@ -163,6 +193,70 @@ class Compressor(Method):
         from paredown.core import compression
 
         return compression.compress_in_memory(self, model, data, seed=seed, progress=progress)
+
+
+class WholeModelCompressor(Compressor):
+    """A compressor that needs the whole model in memory, running: because it searches, trains, or ties layers.
+
+    A subclass writes ``transform`` and ``foretell``; none of the hooks of the block-wise engine are asked.
+    """
+
+    scope: ClassVar[Literal["layer", "global", "model"]] = "model"
+    trains_always: ClassVar[bool] = False
+    """Whether ``keep=1`` still changes weights (a step that only trains); else it leaves everything as it is."""
+
+    @property
+    def inert(self) -> bool:
+        """Whether the method would change nothing."""
+        return self.keep == 1 and not self.trains_always
+
+    def applies(self, part: Block) -> bool:
+        """Whether the block has what this method acts on; by default every block has."""
+        return True
+
+    def transform(self, model: Model, data: Batch | None, session: Session) -> list[Edit]:
+        """Change ``model`` in place (through `core.surgery` and training) and return what was done, layer by layer.
+
+        ``layer`` in the edits counts in the numbering before this step; ``model.anatomy`` and the config must be those
+        of the changed model on return. With ``keep=1`` and nothing to train, nothing may be touched.
+
+        Parameters
+        ----------
+        data : calibration tokens ``[N, T]``; None only if ``needs`` does not name them
+        session : seed, place for checkpoints, progress, the model that the recipe began with
+        """
+        raise NotImplementedError
+
+    def foretell(self, blocks: Sequence[Block]) -> list[Edit]:
+        """Return edits of the sizes that :meth:`transform` will lead to; which layers they name does not matter."""
+        raise NotImplementedError
+
+    def passes(self, blocks: Sequence[Block]) -> float:
+        """Return about how many passes over the calibration data it takes; a step of training counts three."""
+        return 1.0
+
+    def compress(
+        self,
+        model: Model,
+        data: Batch | None,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+        folder: str | Path | None = None,
+        original: Callable[[], Model] | None = None,
+    ) -> Outcome:
+        """Compress ``model`` in place, as :meth:`Compressor.compress` does.
+
+        Parameters
+        ----------
+        folder : where a search or a training keeps what it needs to go on after a kill; None keeps nothing
+        original : opens the model that serves as a teacher; None: ``model`` as it is handed over
+        """
+        from paredown.core import whole
+        from paredown.core.session import Session
+
+        place = None if folder is None else Path(folder)
+        return whole.transform(self, model, data, Session(seed, place, progress, original))
 
 
 class Policy(Method):
@@ -207,7 +301,7 @@ class Policy(Method):
 
         Parameters
         ----------
-        model : is left exactly as it was
+        model : is left exactly as it was; ``model.original`` is the folder of the model that a recipe began with
         data : calibration tokens ``[N, T]``; None for policies that make their own
         seed : fixes whatever is drawn
         folder : where learned weights are written; small numbers become fields and need no file
@@ -228,6 +322,21 @@ class Policy(Method):
 
         with attach(model, self) as attachment:
             yield attachment
+
+
+class TrainingMethod(Method):
+    """A method that acts while a model is trained by ``transformers.Trainer``: callbacks, loss, a wrapped model."""
+
+    kind: ClassVar[Kind] = "training"
+
+    def callbacks(self, model: Model) -> list[TrainerCallback]:
+        """Return the callbacks that the Trainer is to be given."""
+        return []
+
+    @contextmanager
+    def wrap(self, model: Model) -> Iterator[None]:
+        """Change how ``model`` runs for as long as it is trained; it runs as before afterwards."""
+        yield
 
 
 class Probe(Method):

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from paredown.report import words
+from paredown.report import ledger, words
 from paredown.workflow.record import RunRecord, Score, StepRecord
 
 _STEADY_VERSIONS = ("torch", "transformers")
@@ -97,6 +97,8 @@ def render(record: RunRecord) -> str:
         "removed": words.joined(words.removed(record)),
         "steps": [_step(step) for step in record.steps],
         "sizes": _sizes(record),
+        "ledger": [row[:5] for row in ledger.rows(record)],  # not the time: a resumed run has the same card
+        "ledger_heads": ledger.HEADS[:5],
         "scores": [_score(words.in_percent(score)) for score in record.scores],
         "class_name": _CLASSES.get(pipeline or "", "AutoModel"),
         "versions": [(name, record.versions[name]) for name in _STEADY_VERSIONS if name in record.versions],

@@ -11,7 +11,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from paredown.report import figures, words
+from paredown.report import figures, ledger, words
 from paredown.workflow.record import Interval, LayerChange, RunRecord, Score, Size, Speed, StepRecord
 
 _GRID_LIMIT = 512  # units a layer up to which each one gets a cell of its own
@@ -43,6 +43,8 @@ def render(record: RunRecord) -> str:
         "removed": [_removed(step) for step in record.steps],
         "scores": [_score(score) for score in record.scores],
         "costs": _costs(record),
+        "ledger": ledger.rows(record),
+        "ledger_heads": ledger.HEADS,
         "policies": words.policies(record),
         "steps": [_step(step) for step in record.steps],
         "proof": _proof(record),

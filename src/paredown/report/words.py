@@ -342,11 +342,13 @@ def removed(record: RunRecord) -> list[str]:
     """What the whole run removed, unit by unit: ``48 of 96 experts``.
 
     Where a record lists only layers that lost their only unit (a dropped sub-layer), how many there were is unknown
-    and is not claimed.
+    and is not claimed. Zeros and narrower numbers in tensors of the old shape are not removed from anywhere.
     """
     totals: dict[tuple[int, str], list[int]] = {}
     for position, step in enumerate(record.steps):
         for one in step.changes:
+            if one.detail.get("in_place"):
+                continue
             entry = totals.setdefault((position, one.unit), [0, 0, 1])
             entry[0] += one.before
             entry[1] += one.after

@@ -27,7 +27,7 @@ from paredown.core import calibration, checkpoint, compression
 from paredown.core.anatomy import Block
 from paredown.core.checkpoint import Model, Skeleton
 from paredown.core.edits import DropBlock, Edit
-from paredown.core.method import Compressor, View
+from paredown.core.method import Compressor, View, WholeModelCompressor
 from paredown.core.resources import peak_memory, release_memory, reset_peak_memory, resident_memory
 from paredown.core.sequential import AttentionMemory, Stream, layer_config
 from paredown.core.tensors import check_finite
@@ -60,11 +60,42 @@ def rehearse(skeleton: Skeleton, method: Compressor, recipe: Recipe, edits: Sequ
     edits : what the plan takes away, for methods that choose over all layers; which units go does not matter
     """
     try:
+        if isinstance(method, WholeModelCompressor):
+            return _whole(skeleton, method, recipe)
         return _Rehearsal(skeleton, method, recipe, edits).forecast()
     except ParedownError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         return Forecast(0, 0.0, [f"peak memory and time could not be foretold ({type(error).__name__})."])
+
+
+class _Looking(Compressor):
+    """Looks at every block once and decides nothing: one pass over the calibration data."""
+
+    name, title, axis, unit = "looking", "One pass over the calibration data", "analysis", "nothing"
+    needs = ("calibration-data",)
+
+    def applies(self, part: Block) -> bool:
+        return True
+
+    def score(self, view: View, seen: Any, seed: int) -> dict[str, Tensor]:
+        return {}
+
+    def decide(self, blocks: Sequence[Block], scores: Any) -> list[Edit]:
+        return []
+
+
+def _whole(skeleton: Skeleton, method: WholeModelCompressor, recipe: Recipe) -> Forecast:
+    """Foretell work on a whole model from one pass over the data: the model in memory, and so many passes."""
+    one = _Rehearsal(skeleton, _Looking(keep=1.0), recipe, ()).forecast()
+    passes = method.passes(skeleton.model.anatomy.language.blocks)
+    held = sum(info.nbytes for info in skeleton.tensors.values())
+    copies = 1 + (4 if "training" in method.needs else 0)
+    notes = [
+        f"{method.name} works on the whole model in memory, with about {passes:,.0f} passes over the calibration data; "
+        "peak memory and time are rough."
+    ]
+    return Forecast(one.peak_memory_bytes + copies * held, one.seconds * max(1.0, passes), [*one.notes, *notes])
 
 
 @dataclass
@@ -156,7 +187,8 @@ class _Rehearsal:
             seconds += cost.bytes_before * disk.read * (2 if looks_twice else 1) + cost.bytes_after * disk.write
             seconds += opening * (2 if looks_twice else 1) + naming + disk.settle * (6 if looks_twice else 4)
             seconds += hidden * disk.write * (held + (2 * self.heldout_rows if looks_twice else 0))
-            seconds += calibrating * (cost.observe + cost.replay) + watching * (cost.dense + cost.after) + cost.cut
+            looks = 2 if looks_twice and remembered else 1
+            seconds += calibrating * (looks * cost.observe + cost.replay) + watching * (cost.dense + cost.after) + cost.cut
         after = sum(costs[b.index].bytes_after for b in self.tower.blocks)
         ends = sum(t.numel() * t.element_size() for t in self._ends())
         # What lies around the blocks is opened to embed, to judge, and in three parts to be written.
@@ -221,7 +253,8 @@ class _Rehearsal:
         if not self.method.applies(block):
             observe = dense if self.calibration_rows else 0.0
             return _Cost(0.0, dense, observe, dense, 0.0, 0.0, peak_memory() - resident, before, before)
-        memory = AttentionMemory(view) if self.method.propagate == "edited" else None
+        behind_edited = self.method.propagate == "edited"
+        memory = AttentionMemory(view) if behind_edited and self.method.replays else None
         observers = self.method.observe(view) if self.calibration_rows else []
         observe = advance(view, observers=observers, replay=memory) if self.calibration_rows else 0.0
         began = time.perf_counter()
@@ -232,9 +265,10 @@ class _Rehearsal:
         if any(isinstance(e, DropBlock) for e in edits):
             after = None
         elif edits:
+            edits = self.method.refine(view, edits, scores)
             after, _, _ = compression.cut(self.method, view, edits, scores)
         cut = time.perf_counter() - began
-        replay = advance(after, replay=memory) if memory is not None and self.calibration_rows else 0.0
+        replay = advance(after, replay=memory) if behind_edited and self.calibration_rows else 0.0
         if after is None:
             return _Cost(0.0, dense, observe, 0.0, replay, cut, peak_memory() - resident, before, 0)
         behind = statistics.median(advance(after) for _ in range(_TIMES)) if edits else dense

@@ -20,15 +20,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from paredown.core import edits as edits_module
 from paredown.core.compression import Point
+from paredown.core.durable import write_json, write_tensors, write_text
 from paredown.core.edits import DropBlock, Edit
 from paredown.core.method import View
 from paredown.errors import OutputError
+
+__all__ = ["Journal", "StepKeeper", "check_out", "write_json", "write_tensors", "write_text"]
 
 try:
     import fcntl
@@ -248,34 +251,6 @@ class StepKeeper:
 
     def _file(self, kind: str, layer: int, suffix: str) -> Path:
         return self.folder / f"{kind}-{layer:05d}.{suffix}"
-
-
-def write_tensors(file: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all."""
-    aside = file.with_suffix(".writing")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside, metadata=note)
-    except SafetensorError as error:
-        raise OSError(0, str(error), str(aside)) from None
-    _settle(aside, file)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    aside = file.with_suffix(file.suffix + ".writing")
-    aside.write_text(text, encoding="utf-8")
-    _settle(aside, file)
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write JSON whole or not at all; the same content gives the same bytes."""
-    write_text(file, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def _settle(aside: Path, file: Path) -> None:
-    with aside.open("rb+") as opened:
-        os.fsync(opened.fileno())
-    aside.rename(file)
 
 
 def _places(out: Path) -> tuple[Path, Path]:

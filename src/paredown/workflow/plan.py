@@ -20,7 +20,7 @@ from paredown.core.attach import check_together
 from paredown.core.checkpoint import Model, Skeleton
 from paredown.core.edits import DropBlock, Edit
 from paredown.core.effects import edited
-from paredown.core.method import Compressor, Policy, Progress
+from paredown.core.method import Compressor, Policy, Progress, WholeModelCompressor
 from paredown.errors import ArchitectureError, NothingTouchedError, RecipeError
 from paredown.workflow import estimate
 from paredown.workflow.recipe import Recipe
@@ -133,7 +133,9 @@ def plan_step(skeleton: Skeleton, method: Compressor, recipe: Recipe, *, rehears
     """Foretell one step and carry it out on the skeleton, so that the next step can be planned behind it."""
     model = skeleton.model
     sized = _sizes(method, model)
-    forecast = estimate.rehearse(skeleton, method, recipe, sized.edits) if rehearse else estimate.Forecast(0, 0.0, [])
+    forecast = estimate.Forecast(0, 0.0, [])
+    if rehearse and not (isinstance(method, WholeModelCompressor) and method.inert):
+        forecast = estimate.rehearse(skeleton, method, recipe, sized.edits)
     before = tensors(model)
     model.anatomy = surgery.apply_model(model.hf, model.anatomy, sized.edits)
     after = tensors(model)
@@ -181,6 +183,9 @@ def _sizes(method: Compressor, model: Model) -> _Sized:
         raise ArchitectureError(
             f"{method.name} removes {method.unit}, and {model.source} has none; `paredown scan` shows what it has."
         )
+    if isinstance(method, WholeModelCompressor):
+        edits = [] if method.inert else method.foretell(model.anatomy.language.blocks)
+        return _Sized(edits, *_certainty(edits, model))
     sizes = _block_sizes(model)
     trials = []
     for trial in range(_TRIALS):
@@ -199,13 +204,32 @@ def _sizes(method: Compressor, model: Model) -> _Sized:
     largest = max(trials, key=lambda t: t[0])
     if smallest[0] == largest[0]:
         # How much goes is certain, where it goes is not: shapes are shown for one of the possible choices.
-        open_choice = ["which layers go depends on the data; those shown stand for as many others."]
-        return _Sized(trials[0][1], True, open_choice if method.scope == "global" and trials[0][1] else [])
+        edits = trials[0][1]
+        return _Sized(edits, True, _open_choice(edits) if method.scope == "global" else [])
     return _Sized(
         smallest[1],
         False,
         [f"what goes depends on the data: at least {smallest[0]:,} parameters, {largest[0]:,} in another order."],
     )
+
+
+def _open_choice(edits: Sequence[Edit]) -> list[str]:
+    """Say what the data will still decide when sizes are certain."""
+    if all(edit.op == "change_weights" for edit in edits):
+        return []
+    if all(edit.op == "keep_experts" for edit in edits):
+        return ["how many experts a layer keeps depends on the data; the numbers shown stand for others of the same sum."]
+    return ["which layers go depends on the data; those shown stand for as many others."]
+
+
+def _certainty(edits: Sequence[Edit], model: Model) -> tuple[bool, list[str]]:
+    """Tell whether edits lead to the same size whichever layers they fall on."""
+    alike = len({tuple(sorted(sizes.items())) for sizes in _block_sizes(model).values()}) == 1
+    if not edits:
+        return True, []
+    if alike:
+        return True, ["which layers change depends on the data; those shown stand for as many others."]
+    return False, ["layers are of unlike sizes and which change depends on the data: sizes are those of one choice."]
 
 
 def _placeholders(method: Compressor, blocks: Sequence[Block], trial: int) -> Mapping[int, dict[str, Tensor]]:
@@ -241,6 +265,8 @@ def _removed(edits: Sequence[Edit], blocks: Sequence[Block], sizes: dict[int, di
             total += sizes[edit.layer]["block"]
         elif edit.op == "drop_sublayer":
             total += sizes[edit.layer][edit.part]
+        elif edit.op == "share_block":
+            total += sizes[edit.layer]["block"] * (edit.source != edit.layer)
         else:
             before, after = blocks[edit.layer], edited(blocks[edit.layer], [edit])
             total += _units(before) - _units(after)
@@ -269,12 +295,13 @@ def changes(method: Compressor, edits: Sequence[Edit], anatomy: Anatomy) -> list
     described = [{"layer": e.layer, **_describe(e, anatomy.language.blocks[e.layer])} for e in edits]
     for block in anatomy.language.blocks:
         if method.applies(block) and block.index not in touched:
+            whole = block.experts.count if method.unit == "experts" and block.experts is not None else 1
             described.append(
                 {
                     "layer": block.index,
                     "unit": _unit(method, described),
-                    "before": 1,
-                    "after": 1,
+                    "before": whole,
+                    "after": whole,
                     "kept": None,
                     "detail": {},
                 }
@@ -290,8 +317,11 @@ def _unit(method: Compressor, described: Sequence[Mapping[str, Any]]) -> str:
 def _describe(edit: Edit, block: Block) -> dict[str, Any]:
     if edit.op == "keep_experts":
         assert block.experts is not None
+        told: dict[str, Any] = {"top_k": edit.top_k}
+        if edit.clusters is not None:
+            told["clusters"] = [list(members) for members in edit.clusters if len(members) > 1]
         return {"unit": "experts", "before": block.experts.count, "after": len(edit.keep), "kept": list(edit.keep),
-                "detail": {"top_k": edit.top_k}}  # fmt: skip
+                "detail": told}  # fmt: skip
     if edit.op == "keep_expert_neurons":
         assert block.experts is not None
         widths = [len(k) for k in edit.keep]
@@ -309,5 +339,13 @@ def _describe(edit: Edit, block: Block) -> dict[str, Any]:
         assert block.attention is not None
         return {"unit": "key-value heads", "before": block.attention.kv_heads, "after": len(edit.keep),
                 "kept": list(edit.keep), "detail": {}}  # fmt: skip
+    if edit.op == "share_block":
+        own = int(edit.source == edit.layer)
+        detail = {"weights of layer": edit.source, "rank": edit.rank, "norms": "own" if edit.norms else "shared"}
+        return {"unit": "blocks with weights of their own", "before": 1, "after": own, "kept": None, "detail": detail}
+    if edit.op == "change_weights":
+        # Shapes stay: the report must not count this among what was removed.
+        return {"unit": edit.unit, "before": edit.before, "after": edit.after, "kept": None,
+                "detail": {**edit.detail, "in_place": True}}  # fmt: skip
     unit = "blocks" if edit.op == "drop_block" else f"{edit.part} sub-layers"
     return {"unit": unit, "before": 1, "after": 0, "kept": [], "detail": {}}

@@ -87,7 +87,11 @@ class LayerChange(_Record):
 
 
 class StepRecord(_Record):
-    """One step of a recipe, as it was carried out; a policy changes no weight, and its ``changes`` are empty."""
+    """One step of a recipe, as it was carried out; a policy changes no weight, and its ``changes`` are empty.
+
+    ``scores`` compare the model after the step with that before it, on the held-out data; ``bytes_after`` is the size
+    of its weights (None in records of earlier versions).
+    """
 
     index: int
     kind: Literal["compressor", "policy"] = "compressor"
@@ -108,6 +112,8 @@ class StepRecord(_Record):
     seconds: float
     peak_memory_bytes: int
     seconds_by_stage: dict[str, float]
+    scores: list[Score] = []
+    bytes_after: int | None = None
     coverage: dict[str, Any]
     warnings: list[str]
 

@@ -11,29 +11,27 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 import paredown
 from paredown.core import calibration, checkpoint, files, policy_file, surgery
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Skeleton
-from paredown.core.compression import Job, Watch, stream_for, stream_of
-from paredown.core.method import Compressor, Outcome, Policy, Progress
-from paredown.core.resources import available_memory, peak_memory
-from paredown.core.sequential import OnDisk, Stream
-from paredown.errors import DataError, GateError, ModelError, OutputError, ParedownError, ProofError
+from paredown.core.durable import write_json, write_text
+from paredown.core.method import Compressor, Policy, Progress
+from paredown.core.resources import available_memory
+from paredown.errors import DataError, GateError, OutputError, ParedownError, ProofError
 from paredown.report import card, html
-from paredown.workflow import intervals, journal, judge, measure, plan, proof
-from paredown.workflow.journal import Journal, StepKeeper, write_json, write_tensors, write_text
+from paredown.workflow import intervals, journal, measure, plan, proof
+from paredown.workflow.journal import Journal
 from paredown.workflow.recipe import GateSpec, Recipe
-from paredown.workflow.record import Gate, LayerChange, Planned, RunRecord, Score, StepRecord, read_record
+from paredown.workflow.record import Gate, Planned, RunRecord, Score, read_record
 from paredown.workflow.run_policies import Acting
+from paredown.workflow.steps import Result, Step, from_end_to_end, reopened, rows_at_once
 
 _SPEED_SHARE_OF_MEMORY = 0.4
 
@@ -98,12 +96,6 @@ def run(
         whole.journal.release()
 
 
-@dataclass
-class _StepResult:
-    record: StepRecord
-    folder: Path
-
-
 class _Run:
     def __init__(
         self,
@@ -145,7 +137,7 @@ class _Run:
             self.foretold = plan.plan(self.recipe, progress=self.progress)
             tell(self.foretold)
         heldout, source = self.heldout, self.folder
-        results: list[_StepResult] = []
+        results: list[Result] = []
         for number, method in enumerate(self.methods, start=1):
             result = self._step(number, method, source, heldout)
             results.append(result)
@@ -154,14 +146,14 @@ class _Run:
         scores, gate = self._judge(len(self.methods), heldout, acting)
         if not gate.passed:
             raise GateError(_gate_sentence(gate))
-        last = _reopened(results[-1].folder)
+        last = reopened(results[-1].folder)
         loader, shown = surgery.loads_in(last.model.config), None
         if heldout is not None and self.methods:
             shown = proof.prove(
                 source,
                 self.journal.folder / f"step-{len(self.methods)}" / "proof.safetensors",
                 loader=loader,
-                rows=self._rows(last, heldout),
+                rows=rows_at_once(last, heldout),
                 plan=results[len(self.methods) - 1].record.plan,
                 tokenizer=last.model.tokenizer,
                 device=self.device,
@@ -175,7 +167,7 @@ class _Run:
         self._publish(record, results, acting)
         return record
 
-    def _act(self, source: Path, results: list[_StepResult]) -> Acting | None:
+    def _act(self, source: Path, results: list[Result]) -> Acting | None:
         """Prepare the policies that the recipe ends in; their results are the weights as they are."""
         if not self.policies:
             return None
@@ -193,7 +185,7 @@ class _Run:
         plans = [plan.plan_policy(model, policy, copies=not first and not n) for n, policy in enumerate(self.policies)]
         records = acting.prepare(self.calibration, plans, self.recipe.seed)
         folder = source if first else acting.copy()
-        results += [_StepResult(record, folder) for record in records]
+        results += [Result(record, folder) for record in records]
         return acting
 
     def _tidy_up(self) -> RunRecord:
@@ -207,104 +199,22 @@ class _Run:
         self.journal.discard()
         return record
 
-    def _step(self, number: int, method: Compressor, source: Path, heldout: Batch | None) -> _StepResult:
+    def _step(self, number: int, method: Compressor, source: Path, heldout: Batch | None) -> Result:
         skeleton = checkpoint.skeleton(source)
-        keeper = self.journal.step(number, skeleton.disk_names)
-        done = keeper.folder / "step.json"
-        if done.exists():
-            record = StepRecord.model_validate_json(done.read_text(encoding="utf-8"))
-            return _StepResult(record, keeper.folder / "checkpoint")
-        planned = self._plan(number, method, source)
-        began = time.perf_counter()
-        data = self.calibration if "calibration-data" in method.needs else None
-        calibrating = stream_for(method, skeleton.model, data)
-        watch = None
-        if heldout is not None:
-            watch = Watch(stream_of("before", heldout), stream_of("after", heldout))
-        origin = OnDisk(skeleton, device=self.device)
-        job = Job(method, origin, calibrating, watch, keeper, self.recipe.seed, self.progress)
-        anatomy, total = skeleton.model.anatomy, skeleton.model.parameters()
-        outcome = job.run()
-        if watch is not None and heldout is not None:
-            self._take_logits(keeper, origin, watch, heldout)
-        del job, calibrating, watch
-        self._write(keeper, skeleton, outcome)
-        after = _reopened(keeper.folder / "checkpoint")
-        record = StepRecord(
-            index=number,
-            method=method.name,
-            title=method.title,
-            year=method.year,
-            arxiv=method.arxiv,
-            axis=method.axis,
-            fields=method.model_dump(mode="json"),
-            keep=method.keep,
-            seed=self.recipe.seed,
-            data=data.record() if data is not None else {},
-            plan=planned,
-            changes=[LayerChange(**c) for c in plan.changes(method, outcome.edits, anatomy)],
-            touched_share=outcome.touched_share,
-            parameters_before=total,
-            parameters_after=after.model.parameters(),
-            seconds=time.perf_counter() - began,
-            peak_memory_bytes=max(outcome.peak_memory_bytes, peak_memory()),
-            seconds_by_stage=outcome.seconds_by_stage,
-            coverage=outcome.coverage,
-            warnings=[*outcome.warnings, *(data.notes if data is not None else ())],
+        step = Step(
+            number,
+            method,
+            source,
+            self.folder,
+            skeleton,
+            self.journal.step(number, skeleton.disk_names),
+            self.calibration,
+            heldout,
+            self.recipe.seed,
+            self.device,
+            self.progress,
         )
-        # Not sorted: the card shows fields in this order, and must show the same when it is read back.
-        write_text(done, json.dumps(record.model_dump(mode="json"), indent=1))
-        return _StepResult(record, keeper.folder / "checkpoint")
-
-    def _write(self, keeper: StepKeeper, skeleton: Skeleton, outcome: Outcome) -> None:
-        """Put the step's checkpoint together; it appears under its name only when whole."""
-        final, aside = keeper.folder / "checkpoint", keeper.folder / "checkpoint.writing"
-        if final.exists():
-            return
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        tower = skeleton.model.anatomy.language
-        tied = set(getattr(skeleton.hf, "all_tied_weights_keys", None) or ())
-        blocks = tuple(b.path for b in tower.blocks)
-        # Embedding and head may each be larger than a block; they need not be in memory together.
-        large = tuple(p for p in (tower.embedding, tower.head) if p)
-        ends = []
-        for number, (wanted, without) in enumerate([*(((p,), ()) for p in large), (("",), (*blocks, *large))]):
-            skeleton.fill(wanted, without=without, device="cpu")
-            state = {
-                name: t
-                for name, t in skeleton.hf.state_dict().items()
-                if name not in tied and checkpoint.below(name, wanted) and not checkpoint.below(name, without)
-            }
-            if state:
-                ends.append(keeper.folder / f"ends-{number}.safetensors")
-                write_tensors(ends[-1], skeleton.disk_names(state))
-            del state
-            if wanted != ("",):
-                skeleton.empty(wanted[0])
-        files.assemble([*ends, *keeper.parts()], aside)
-        config = surgery.new_config(skeleton.model.config, skeleton.model.anatomy, outcome.edits)
-        checkpoint.save_config(skeleton.model, config, aside)
-        files.copy_extras(skeleton.folder, aside)
-        aside.rename(final)
-
-    def _take_logits(self, keeper: StepKeeper, source: OnDisk, watch: Watch, heldout: Batch) -> None:
-        """Store what gate and proof need: losses before and after, their divergence, and a few whole logits."""
-        file, reference = keeper.folder / "judged.safetensors", keeper.folder / "proof.safetensors"
-        if file.exists() and reference.exists():
-            return
-        rows = self._rows(source.skeleton, heldout)
-        with source.open_ends(head=True):
-            pairs = zip(watch.before.logits(source, rows), watch.after.logits(source, rows), strict=True)
-            judged, kept = judge.compare(heldout.input_ids, pairs, rows)
-        write_tensors(reference, {"input_ids": heldout.input_ids[: len(kept)], "logits": kept})
-        write_tensors(file, judged)
-
-    def _rows(self, skeleton: Skeleton, heldout: Batch | None) -> int:
-        if heldout is None:
-            return 1
-        vocabulary = int(skeleton.model.config.get_text_config().vocab_size)
-        return judge.rows_at_once(heldout.input_ids.shape[1], vocabulary)
+        return step.known() or step.carry_out(self._plan(number, method, source))
 
     def _judge(self, steps: int, heldout: Batch | None, acting: Acting | None) -> tuple[list[Score], Gate]:
         """Compare the last step's result with the original model on the same held-out tokens."""
@@ -316,7 +226,12 @@ class _Run:
             judged = acting.judged(heldout)
         else:
             # Each step has compared its result with its own start; several steps are compared from end to end.
-            judged = load_file(file) if steps == 1 else self._from_end_to_end(file.parent / "checkpoint", heldout)
+            alone = steps == 1
+            judged = (
+                load_file(file)
+                if alone
+                else from_end_to_end(self.folder, file.parent / "checkpoint", heldout, self.device)
+            )
         scores = [intervals.score_perplexity(judged["before"], judged["after"]), intervals.score_kl(judged["kl"])]
         value: float | None = None
         if kind == "ppl":
@@ -325,15 +240,6 @@ class _Run:
             value = float(judged["kl"].mean())
         passed = value is None or limit is None or value <= limit
         return scores, Gate(kind=kind, limit=limit, value=value, passed=passed)
-
-    def _from_end_to_end(self, result: Path, heldout: Batch) -> dict[str, Tensor]:
-        """Let the held-out sequences pass the original and the final model, one block resident, and compare."""
-        sources = [OnDisk(checkpoint.skeleton(f), device=self.device) for f in (self.folder, result)]
-        streams = [_passed(source, heldout) for source in sources]
-        rows = self._rows(sources[0].skeleton, heldout)
-        with sources[0].open_ends(head=True), sources[1].open_ends(head=True):
-            pairs = zip(streams[0].logits(sources[0], rows), streams[1].logits(sources[1], rows), strict=True)
-            return judge.compare(heldout.input_ids, pairs, rows)[0]
 
     def _calibration(self, skeleton: Skeleton) -> Batch | None:
         learns = any("calibration-data" in method.needs for method in self.methods)
@@ -374,7 +280,7 @@ class _Run:
 
     def _record(
         self,
-        results: Sequence[_StepResult],
+        results: Sequence[Result],
         scores: list[Score],
         gate: Gate,
         shown: Any,
@@ -428,7 +334,7 @@ class _Run:
             policy_file.write(whole, acting.ready)
         return whole
 
-    def _publish(self, record: RunRecord, results: Sequence[_StepResult], acting: Acting | None) -> None:
+    def _publish(self, record: RunRecord, results: Sequence[Result], acting: Acting | None) -> None:
         """Add record, report and card to the last checkpoint and give it its final name."""
         whole = self._assemble(results[-1].folder, acting)
         notes = whole / "paredown"
@@ -442,28 +348,6 @@ class _Run:
         write_text(whole / "README.md", card.render(record))
         write_text(notes / "report.html", html.render(record))
         self.journal.publish(whole)
-
-
-def _passed(source: OnDisk, heldout: Batch) -> Stream:
-    """Return the held-out sequences behind the last block of a model."""
-    stream = stream_of("heldout", heldout)
-    with source.open_ends(head=False):
-        stream.start(source)
-    for block in source.model.anatomy.language.blocks:
-        stream.advance(source.open(block.index), index=block.index)
-        source.close(block.index)
-    return stream
-
-
-def _reopened(folder: Path) -> Skeleton:
-    """Open what was written. If it does not open, the fault is not the user's."""
-    try:
-        return checkpoint.skeleton(folder)
-    except ModelError as error:
-        raise ProofError(
-            f"the result was written but does not open again ({str(error).rstrip('.')}); "
-            "it was not given its final name."
-        ) from error
 
 
 def _gate_sentence(gate: Gate) -> str:

@@ -19,11 +19,12 @@ from torch import Tensor
 from paredown.core import checkpoint, files, policy_file
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
+from paredown.core.durable import write_tensors, write_text
 from paredown.core.method import Policy, Progress
 from paredown.core.resources import peak_memory
 from paredown.errors import ProofError
 from paredown.workflow import policies, proof
-from paredown.workflow.journal import Journal, write_tensors, write_text
+from paredown.workflow.journal import Journal
 from paredown.workflow.record import Planned, Proof, StepRecord
 
 PROOF_SEQUENCES, PROOF_PROMPT, PROOF_STEPS = 2, 32, 8
@@ -62,7 +63,10 @@ class Acting:
 
     @cached_property
     def _model(self) -> Model:
-        return checkpoint.load(self._source, device=self.device, policies=False)
+        model = checkpoint.load(self._source, device=self.device, policies=False)
+        if not self._alone:
+            model.original = self._original
+        return model
 
     def prepare(self, data: Batch | None, plans: Sequence[Planned], seed: int) -> list[StepRecord]:
         """Prepare all policies and return their records; what the journal holds is not done again."""

@@ -16,13 +16,13 @@ from paredown.core.anatomy import Tower
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Skeleton
 from paredown.core.compression import stream_of
+from paredown.core.durable import write_json, write_text
 from paredown.core.method import Progress, View
 from paredown.core.resources import peak_memory, reset_peak_memory, timed
 from paredown.core.sequential import OnDisk, Stream, layer_config
 from paredown.errors import OutputError
 from paredown.report import scanpage
 from paredown.workflow import measure
-from paredown.workflow.journal import write_json, write_text
 from paredown.workflow.scanned import ScanRecord
 from paredown.workflow.views import Measure, measures
 from paredown.workflow.views.base import tidy

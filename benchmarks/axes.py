@@ -1,0 +1,200 @@
+"""One table an axis: every method at its first budget on one testbed, with all that it costs and all that it saves."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks import policies, quality
+from benchmarks.common import Frozen, Result, Spread, ratios, result, say
+from paredown import registry
+from paredown.core import calibration, checkpoint
+from paredown.core.attach import attach
+from paredown.core.calibration import Batch
+from paredown.core.checkpoint import Model
+from paredown.core.method import Compressor, Policy
+from paredown.core.stepwise import Held
+from paredown.workflow import evaluate, intervals, plan, tasks
+from paredown.workflow import measure as measuring
+from paredown.workflow import policies as reading
+from paredown.workflow.record import Interval
+
+QUESTION = "What does each method of this axis save and cost, on the same model and the same text?"
+GOAL = "every method of the axis in one table, failures included"
+TESTBEDS = {"experts": "testbed:moe", "depth": "testbed:lm"}
+ASKED = {"depth": "testbed:recall"}
+"""Where facts are planted and asked for: the method does the same to that testbed."""
+LENGTH, ROWS, SAMPLE, QUESTIONS = 256, 48, 32, 200
+PREFILL, DECODE, REPETITIONS = 256, 24, 5
+
+
+class AxisRow(Frozen):
+    """One method at one budget, seed 0. Speed-ups are over the untouched model, in turns; recall is a share."""
+
+    method: str
+    kind: str
+    fields: dict[str, Any]
+    keep: float
+    bytes: int
+    share_of_bytes: float
+    perplexity: Interval
+    prefill: Spread
+    decode: Spread
+    recall: float | None
+    seconds: float
+    note: str = ""
+
+
+@dataclass
+class _Made:
+    """A method's result on the testbed: a model of its own, or the testbed with policies."""
+
+    method: str
+    fields: Mapping[str, Any]
+    keep: float
+    model: Model
+    acting: tuple[Policy, ...] = ()
+    seconds: float = 0.0
+    recall: float | None = None
+    note: str = ""
+    folder: Any = field(default=None, repr=False)
+
+
+def measure(axis: str) -> Result[AxisRow]:
+    """Measure every method of an axis that has an experiment, and the random controls of their units."""
+    began = time.perf_counter()
+    bed = TESTBEDS[axis]
+    model = _load(bed)
+    held = _rows(model, bed, "heldout", ROWS)
+    before = evaluate.nll(model.hf, held.input_ids)
+    made = [_Made("", {}, 1.0, model, recall=_asked(axis, None))]
+    for name, keep, fields in _lines(axis):
+        made.append(_make(axis, bed, name, keep, fields, model))
+        say(f"{axis}: {name} made in {made[-1].seconds:.0f} s")
+    rows: list[AxisRow] = []
+    speeds = _speeds(made, held.input_ids)
+    for one, (prefill, decode) in zip(made, speeds, strict=True):
+        perplexity = intervals.perplexity(before) if not one.method else _perplexity(model, one, held.input_ids)
+        size = sum(t.numel() * t.element_size() for t in plan.tensors(one.model).values())
+        whole = sum(t.numel() * t.element_size() for t in plan.tensors(model).values())
+        rows.append(
+            AxisRow(
+                method=one.method or "(untouched)",
+                kind=registry.entry(one.method).kind if one.method else "",
+                fields=dict(one.fields),
+                keep=one.keep,
+                bytes=size,
+                share_of_bytes=round(size / whole, 4),
+                perplexity=perplexity,
+                prefill=ratios(speeds[0][0].seconds, prefill.seconds),
+                decode=ratios(speeds[0][1].seconds, decode.seconds),
+                recall=one.recall,
+                seconds=round(one.seconds, 1),
+                note=one.note,
+            )
+        )
+        say(f"{axis}: {rows[-1].method}: perplexity {perplexity.mean:.2f}")
+    notes = [
+        f"{bed}, {SAMPLE} calibration and {ROWS} held-out rows of {LENGTH} tokens, float32, seed 0, one run each: the "
+        "comparisons with five seeds stand with the methods.",
+        f"Speed: batch 1, {PREFILL} tokens read, {DECODE} written, all in turns, {REPETITIONS} times after one that "
+        "does not count. Policies are read token by token behind the first half of each row and judged on the second "
+        "half: their perplexity is not that of the other rows.",
+    ]
+    if axis in ASKED:
+        notes.append(f"Recall: the same method on {ASKED[axis]}, {QUESTIONS} planted facts, all digits right.")
+    else:
+        notes.append(f"{bed} was not taught to recall planted facts, so there is no such column.")
+    return result(f"axis-{axis}", QUESTION, GOAL, rows, began, notes)
+
+
+def _lines(axis: str) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
+    """Return name, budget and fields of each method, and of the controls of their units at the same budget."""
+    controls: dict[tuple[str, float], Mapping[str, Any]] = {}
+    for file in quality.experiments():
+        if file.parent.name != axis:
+            continue
+        name = file.stem
+        if policies.is_policy(name):
+            spec: policies.Run | quality.Experiment = policies.read(file).runs[0]
+        else:
+            spec = quality.read(file)
+        yield name, spec.keeps[0], spec.fields
+        with contextlib.suppress(Exception):
+            control = registry.control_for(name)
+            shared = set(registry.get(control).model_fields) - {"keep", "seed"}
+            same = {key: value for key, value in spec.fields.items() if key in shared}
+            controls.setdefault((control, spec.keeps[0]), same)
+    for (control, keep), same in controls.items():
+        yield control, keep, same
+
+
+def _make(axis: str, bed: str, name: str, keep: float, fields: Mapping[str, Any], model: Model) -> _Made:
+    method = registry.create(name, keep=keep, **fields)
+    began = time.perf_counter()
+    if isinstance(method, Compressor):
+        own = _load(bed)
+        method.compress(own, _rows(own, bed, "calibration", SAMPLE), seed=0)
+        return _Made(name, fields, keep, own, seconds=time.perf_counter() - began, recall=_asked(axis, method))
+    assert isinstance(method, Policy)
+    folder = tempfile.TemporaryDirectory(prefix="paredown-axis-")
+    ready = method.prepare(model, _rows(model, bed, "calibration", SAMPLE), seed=0, folder=folder.name)
+    seconds = time.perf_counter() - began
+    return _Made(name, fields, keep, model, (ready,), seconds, _asked(axis, method), folder=folder)
+
+
+def _asked(axis: str, method: Compressor | Policy | None) -> float | None:
+    """Do to the recall testbed what is done to the other, and ask for planted facts."""
+    bed = ASKED.get(axis)
+    if bed is None:
+        return None
+    model = _load(bed)
+    data = _rows(model, bed, "calibration", SAMPLE)
+    acting: tuple[Policy, ...] = ()
+    with tempfile.TemporaryDirectory(prefix="paredown-axis-") as folder:
+        if isinstance(method, Policy):
+            acting = (method.prepare(model, data, seed=0, folder=folder),)
+        elif method is not None:
+            method.compress(model, data, seed=0)
+        how: Literal["after"] | None = "after" if acting else None
+        return float(tasks.ask("recall", model, questions=QUESTIONS, how=how, policies=acting).mean())
+
+
+def _perplexity(original: Model, one: _Made, ids: Tensor) -> Interval:
+    if not one.acting:
+        return intervals.perplexity(evaluate.nll(one.model.hf, ids))
+    scores = reading.text(reading.Reader(original), reading.Reader(one.model, one.acting), ids)
+    return intervals.perplexity(scores.after)
+
+
+def _speeds(made: list[_Made], ids: Tensor) -> Any:
+    during: list[Callable[[], AbstractContextManager[Held]]] = [_during(one) for one in made]
+    return measuring.speed(
+        [one.model.hf for one in made], ids, prefill=PREFILL, decode=DECODE, repetitions=REPETITIONS, during=during
+    )
+
+
+def _during(one: _Made) -> Callable[[], AbstractContextManager[Held]]:
+    @contextlib.contextmanager
+    def attached() -> Iterator[Held]:
+        with attach(one.model, *one.acting) if one.acting else contextlib.nullcontext():
+            yield Held()
+
+    return attached
+
+
+def _load(bed: str) -> Model:
+    return checkpoint.load(bed, dtype=torch.float32, policies=False)
+
+
+def _rows(model: Model, bed: str, split: Any, count: int) -> Batch:
+    texts = calibration.read(None, model_ref=bed, split=split)
+    return calibration.for_model(model, texts, length=LENGTH, sequences=count, seed=0)
