@@ -16,10 +16,23 @@ if TYPE_CHECKING:
     from paredown.workflow.compare import compare
     from paredown.workflow.evaluate import evaluate
     from paredown.workflow.plan import plan
+    from paredown.workflow.probe import probe
     from paredown.workflow.run import run
     from paredown.workflow.scan import scan
 
-__all__ = ["__version__", "attach", "catalogue", "compare", "evaluate", "load", "method", "plan", "run", "scan"]
+__all__ = [
+    "__version__",
+    "attach",
+    "catalogue",
+    "compare",
+    "evaluate",
+    "load",
+    "method",
+    "plan",
+    "probe",
+    "run",
+    "scan",
+]
 
 _HOMES = {
     "attach": ("paredown.core.attach", "attach"),
@@ -29,6 +42,7 @@ _HOMES = {
     "load": ("paredown.core.checkpoint", "load"),
     "method": ("paredown.registry", "create"),
     "plan": ("paredown.workflow.plan", "plan"),
+    "probe": ("paredown.workflow.probe", "probe"),
     "run": ("paredown.workflow.run", "run"),
     "scan": ("paredown.workflow.scan", "scan"),
 }

@@ -193,6 +193,18 @@ def test_eval_measures_both_models(paredown, checkpoint, texts, ran):
     assert record["model"]["size"]["parameters"] < record["against"]["size"]["parameters"]
 
 
+def test_probe_prints_a_row_a_layer_and_refuses_what_is_no_probe(paredown, checkpoint, texts):
+    said = paredown("probe", checkpoint, "camera", "--data", texts)
+    assert said.code == 0, said.err
+    record = paredown("probe", checkpoint, "camera", "--data", texts, "--json").json
+    assert len(said.out.splitlines()) == 1 + len(record["rows"])
+    assert record["probe"] == "camera"
+    assert record["data"]["tokens"] > 0
+    wrong = paredown("probe", checkpoint, "dern", "--data", texts)
+    assert wrong.code == 2
+    assert wrong.err.startswith("error: dern is a compressor and not a probe")
+
+
 def test_scan_measures_each_layer(paredown, checkpoint, texts):
     said = paredown("scan", checkpoint, "--data", texts)
     assert said.code == 0, said.err

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from paredown.commands import compare, evaluate, generate, methods, plan, quiet, run, scan, show
+from paredown.commands import compare, evaluate, generate, methods, plan, probe, quiet, run, scan, show
 from paredown.errors import ParedownError
 
 INTERRUPTED = 130
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 
 app.command("scan")(scan.command)
+app.command("probe")(probe.command)
 app.command("plan")(plan.command)
 app.command("run")(run.command)
 app.command("eval")(evaluate.command)
