@@ -17,7 +17,7 @@ from paredown.core import calibration, checkpoint
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.compression import TOKENS_AT_ONCE
-from paredown.core.method import Compressor
+from paredown.core.method import Compressor, WholeModelCompressor
 
 QUESTION = "How long does a method take, compared with one forward of the model over the same tokens?"
 GOAL = "at most 1.5"
@@ -102,6 +102,9 @@ def _methods(model: Model) -> Iterator[Compressor]:
         for fields in OPTIONS.get(entry.name, ({},)):
             method = registry.create(entry.name, keep=0.5, **fields)
             assert isinstance(method, Compressor)
+            # A search or a training is no scoring pass; what those take stands with their own benchmarks.
+            if isinstance(method, WholeModelCompressor):
+                continue
             if any(method.applies(block) for block in model.anatomy.language.blocks):
                 yield method
 
