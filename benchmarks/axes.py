@@ -29,7 +29,8 @@ from paredown.workflow.record import Interval
 
 QUESTION = "What does each method of this axis save and cost, on the same model and the same text?"
 GOAL = "every method of the axis in one table, failures included"
-TESTBEDS = {"experts": "testbed:moe", "depth": "testbed:lm"}
+BEDS: dict[str, str] = {}
+"""Where a method is put into the table of another testbed than its experiment's first."""
 ASKED = {"depth": "testbed:recall"}
 """Where facts are planted and asked for: the method does the same to that testbed."""
 LENGTH, ROWS, SAMPLE, QUESTIONS = 256, 48, 32, 200
@@ -39,6 +40,7 @@ PREFILL, DECODE, REPETITIONS = 256, 24, 5
 class AxisRow(Frozen):
     """One method at one budget, seed 0. Speed-ups are over the untouched model, in turns; recall is a share."""
 
+    model: str
     method: str
     kind: str
     fields: dict[str, Any]
@@ -50,7 +52,6 @@ class AxisRow(Frozen):
     decode: Spread
     recall: float | None
     seconds: float
-    note: str = ""
 
 
 @dataclass
@@ -64,29 +65,48 @@ class _Made:
     acting: tuple[Policy, ...] = ()
     seconds: float = 0.0
     recall: float | None = None
-    note: str = ""
     folder: Any = field(default=None, repr=False)
 
 
 def measure(axis: str) -> Result[AxisRow]:
     """Measure every method of an axis that has an experiment, and the random controls of their units."""
     began = time.perf_counter()
-    bed = TESTBEDS[axis]
+    rows: list[AxisRow] = []
+    for bed, lines in _lines(axis).items():
+        rows += _bed(axis, bed, lines)
+    beds = ", ".join(dict.fromkeys(row.model for row in rows))
+    notes = [
+        f"{beds}, {SAMPLE} calibration and {ROWS} held-out rows of {LENGTH} tokens, float32, seed 0, one run each: the "
+        "comparisons with five seeds stand with the methods.",
+        f"Speed: batch 1, {PREFILL} tokens read, {DECODE} written, all of one model in turns, {REPETITIONS} times "
+        "after one that does not count. These models are so small that much of the time is Python's.",
+        "Policies are read token by token behind the first half of each row and judged on the second half: their "
+        "perplexity is not that of the other rows.",
+    ]
+    if axis in ASKED:
+        notes.append(f"Recall: the same method on {ASKED[axis]}, {QUESTIONS} planted facts, all digits right.")
+    else:
+        notes.append("The testbeds of this axis were not taught to recall planted facts, so there is no such column.")
+    return result(f"axis-{axis}", QUESTION, GOAL, rows, began, notes)
+
+
+def _bed(axis: str, bed: str, lines: list[tuple[str, float, Mapping[str, Any]]]) -> list[AxisRow]:
+    """Measure the lines of one testbed."""
     model = _load(bed)
     held = _rows(model, bed, "heldout", ROWS)
-    before = evaluate.nll(model.hf, held.input_ids)
     made = [_Made("", {}, 1.0, model, recall=_asked(axis, None))]
-    for name, keep, fields in _lines(axis):
+    for name, keep, fields in lines:
         made.append(_make(axis, bed, name, keep, fields, model))
         say(f"{axis}: {name} made in {made[-1].seconds:.0f} s")
     rows: list[AxisRow] = []
     speeds = _speeds(made, held.input_ids)
+    whole = _bytes(model)
     for one, (prefill, decode) in zip(made, speeds, strict=True):
-        perplexity = intervals.perplexity(before) if not one.method else _perplexity(model, one, held.input_ids)
-        size = sum(t.numel() * t.element_size() for t in plan.tensors(one.model).values())
-        whole = sum(t.numel() * t.element_size() for t in plan.tensors(model).values())
+        perplexity = _perplexity(model, one, held.input_ids)
+        size = _bytes(one.model)
         rows.append(
             AxisRow(
+                model=bed,
                 method=one.method or "(untouched)",
                 kind=registry.entry(one.method).kind if one.method else "",
                 fields=dict(one.fields),
@@ -98,27 +118,16 @@ def measure(axis: str) -> Result[AxisRow]:
                 decode=ratios(speeds[0][1].seconds, decode.seconds),
                 recall=one.recall,
                 seconds=round(one.seconds, 1),
-                note=one.note,
             )
         )
         say(f"{axis}: {rows[-1].method}: perplexity {perplexity.mean:.2f}")
-    notes = [
-        f"{bed}, {SAMPLE} calibration and {ROWS} held-out rows of {LENGTH} tokens, float32, seed 0, one run each: the "
-        "comparisons with five seeds stand with the methods.",
-        f"Speed: batch 1, {PREFILL} tokens read, {DECODE} written, all in turns, {REPETITIONS} times after one that "
-        "does not count. Policies are read token by token behind the first half of each row and judged on the second "
-        "half: their perplexity is not that of the other rows.",
-    ]
-    if axis in ASKED:
-        notes.append(f"Recall: the same method on {ASKED[axis]}, {QUESTIONS} planted facts, all digits right.")
-    else:
-        notes.append(f"{bed} was not taught to recall planted facts, so there is no such column.")
-    return result(f"axis-{axis}", QUESTION, GOAL, rows, began, notes)
+    return rows
 
 
-def _lines(axis: str) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
-    """Return name, budget and fields of each method, and of the controls of their units at the same budget."""
-    controls: dict[tuple[str, float], Mapping[str, Any]] = {}
+def _lines(axis: str) -> dict[str, list[tuple[str, float, Mapping[str, Any]]]]:
+    """Return name, budget and fields of each method by testbed, and the controls of their units at the same budget."""
+    found: dict[str, list[tuple[str, float, Mapping[str, Any]]]] = {}
+    controls: dict[tuple[str, str, float], Mapping[str, Any]] = {}
     for file in quality.experiments():
         if file.parent.name != axis:
             continue
@@ -127,14 +136,20 @@ def _lines(axis: str) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
             spec: policies.Run | quality.Experiment = policies.read(file).runs[0]
         else:
             spec = quality.read(file)
-        yield name, spec.keeps[0], spec.fields
-        with contextlib.suppress(Exception):
-            control = registry.control_for(name)
-            shared = set(registry.get(control).model_fields) - {"keep", "seed"}
-            same = {key: value for key, value in spec.fields.items() if key in shared}
-            controls.setdefault((control, spec.keeps[0]), same)
-    for (control, keep), same in controls.items():
-        yield control, keep, same
+        bed = BEDS.get(name, spec.model)
+        found.setdefault(bed, []).append((name, spec.keeps[0], spec.fields))
+        control = registry.control_for(name)
+        shared = set(registry.get(control).model_fields) - {"keep", "seed"}
+        given = {key: value for key, value in spec.fields.items() if key in shared}
+        controls.setdefault((bed, control, spec.keeps[0]), given)
+    for (bed, control, keep), same in controls.items():
+        if not any(name == control and at == keep for name, at, _ in found[bed]):
+            found[bed].append((control, keep, same))
+    return found
+
+
+def _bytes(model: Model) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in plan.tensors(model).values())
 
 
 def _make(axis: str, bed: str, name: str, keep: float, fields: Mapping[str, Any], model: Model) -> _Made:

@@ -94,7 +94,7 @@ def measure(file: Path) -> PolicyResult:
 
 
 def _compare(method: str, run: Run) -> PolicyComparison:
-    others = ["random"] if registry.entry(method).axis == "vision" else ["random", "streaming"]
+    others = ["random", "streaming"] if registry.entry(method).axis == "cache" else ["random"]
     found = compare(
         run.model,
         [method, *(name for name in others if name != method)],

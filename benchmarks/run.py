@@ -7,7 +7,23 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import axes, caches, memory, overhead, plan, policies, prompts, quality, speed, tables
+from benchmarks import (
+    axes,
+    caches,
+    checkfree,
+    evopress,
+    memory,
+    overhead,
+    plan,
+    policies,
+    prompts,
+    quality,
+    readme_serving,
+    rmoe,
+    speed,
+    stun,
+    tables,
+)
 from benchmarks.common import RESULTS, one_thread, say, write
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
@@ -17,6 +33,12 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "plan": plan.measure,
     "caches": caches.measure,
     "prompts": prompts.measure,
+    "stun-forwards": stun.measure,
+    "readme-serving": readme_serving.measure,
+    "readme-speed": readme_serving.speed,
+    "repair": rmoe.measure,
+    "evopress-search": evopress.measure,
+    "checkfree-recovery": checkfree.measure,
     "axis-experts": functools.partial(axes.measure, "experts"),
     "axis-depth": functools.partial(axes.measure, "depth"),
 }

@@ -14,14 +14,19 @@ from typing import Any
 from benchmarks import policies
 from benchmarks.axes import AxisRow
 from benchmarks.caches import CacheRow
+from benchmarks.checkfree import RecoveryRow
 from benchmarks.common import RESULTS, ROOT, Result, Spread
+from benchmarks.evopress import SearchRow
 from benchmarks.memory import MemoryRow
 from benchmarks.overhead import OverheadRow
 from benchmarks.plan import PlanRow
 from benchmarks.policies import Outcome, PolicyResult
 from benchmarks.prompts import PromptRow
 from benchmarks.quality import Published
+from benchmarks.readme_serving import CAPACITIES, ChannelRow, ServingRow
+from benchmarks.rmoe import RepairRow
 from benchmarks.speed import SpeedRow
+from benchmarks.stun import StunRow
 from paredown.workflow.measured import PolicyRow
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -33,6 +38,12 @@ TYPES: dict[str, Any] = {
     "plan": Result[PlanRow],
     "caches": Result[CacheRow],
     "prompts": Result[PromptRow],
+    "stun-forwards": Result[StunRow],
+    "readme-serving": Result[ServingRow],
+    "readme-speed": Result[ChannelRow],
+    "repair": Result[RepairRow],
+    "evopress-search": Result[SearchRow],
+    "checkfree-recovery": Result[RecoveryRow],
     "axis-experts": Result[AxisRow],
     "axis-depth": Result[AxisRow],
 }
@@ -43,6 +54,12 @@ TITLES = {
     "plan": "Plan against run",
     "caches": "Writing with a long cache",
     "prompts": "Reading a prompt",
+    "stun-forwards": "Clustering more and more experts",
+    "readme-serving": "Serving experts that are known beforehand",
+    "readme-speed": "Half the channels a token",
+    "repair": "Routers after experts were dropped",
+    "evopress-search": "Searching for what to drop",
+    "checkfree-recovery": "A lost pipeline stage",
     "axis-experts": "Experts: all methods",
     "axis-depth": "Depth: all methods",
 }
@@ -177,6 +194,22 @@ def _prompt(row: PromptRow) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _stun(row: StunRow) -> tuple[str, ...]:
+    return (
+        f"{row.experts}", f"{row.parameters / 1e6:.1f} M", f"{row.active / 1e6:.1f} M", f"{row.tokens:,}",
+        f"{row.forwards:g}", f"{row.forward_seconds:.2f} s", _spread(row.looking), _yes(row.within_goal),
+        _spread(row.whole),
+    )  # fmt: skip
+
+
+def _recovery(row: RecoveryRow) -> tuple[str, ...]:
+    wins = "" if row.below_random is None else f"{row.below_random[0]}, {row.below_random[1]}"
+    return (
+        row.trained, f"{row.stage}", row.recovery, _spread(row.before), _spread(row.at_once), _spread(row.later),
+        f"{wins} of {row.before.n}" if wins else "",
+    )  # fmt: skip
+
+
 def _overhead(row: OverheadRow) -> tuple[str, ...]:
     fields = "".join(f" {key}={value}" for key, value in row.fields.items())
     return (row.model, row.method + fields, f"{row.tokens:,}", f"{row.forward_seconds:.2f} s", _spread(row.ratio),
@@ -207,17 +240,56 @@ def _plan(row: PlanRow) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _serving(row: ServingRow) -> tuple[str, ...]:
+    hits = [", ".join(f"{row.hits[rule][size]:.0%}" for rule in row.hits) for size in CAPACITIES]
+    return (
+        row.router, row.order, f"{row.share_of_largest:.0%}", f"{row.experts_a_batch:.2f}", f"{row.mean_wait:.0f}",
+        *hits,
+    )  # fmt: skip
+
+
+def _channels(row: ChannelRow) -> tuple[str, ...]:
+    return (
+        f"{row.phase} ({row.prompt} read)", row.form, f"{row.tokens_per_second:.1f}", _spread(row.speedup),
+        f"{row.bound:.2f}", f"{row.share_of_bound:.0%}", _mb(row.expert_bytes), _mb(row.mlp_bytes),
+    )  # fmt: skip
+
+
+def _search(row: SearchRow) -> tuple[str, ...]:
+    rule = "".join(f" {key}={row.fields[key]}" for key in ("part", "allocation") if key in row.fields)
+    apart = row.difference
+    return (
+        row.model, f"{row.method}{rule}", f"{row.kl.median:.4f} ({row.kl.low:.4f} to {row.kl.high:.4f})",
+        "the same choice" if apart is None else f"{apart.mean:+.4f} [{apart.low:+.4f}, {apart.high:+.4f}]",
+        f"{row.better} of {row.seeds}", f"{row.same} of {row.seeds}", f"{row.parameters.median / 1e6:.2f} M",
+        f"{row.passes.median:,.0f}" if row.passes else "", f"{row.seconds.median:.0f} s",
+        "" if row.resumed is None else _yes(row.resumed),
+    )  # fmt: skip
+
+
+def _repair(row: RepairRow) -> tuple[str, ...]:
+    return (
+        row.dropped_by, row.routers, _score(row.perplexity, "ppl"), _score(row.kl, "ppl"),
+        policies.difference(row.against_none, True),
+        policies.difference(row.against_linear, True),
+        f"{row.load_entropy:.0%}", f"{row.mutual_information:.3f}",
+        f"{row.seconds_training:.0f} s",
+    )  # fmt: skip
+
+
 def _axis(row: AxisRow) -> tuple[str, ...]:
     fields = "".join(f" {key}={_short(value)}" for key, value in row.fields.items())
     kind = f" ({row.kind})" if row.kind not in ("", "compressor") else ""
     return (
-        f"{row.method}{fields}{kind}", f"{row.keep:g}", _mb(row.bytes), f"{row.share_of_bytes:.0%}",
+        row.model, f"{row.method}{fields}{kind}", f"{row.keep:g}", _mb(row.bytes), f"{row.share_of_bytes:.0%}",
         _spread(row.prefill), _spread(row.decode), _score(row.perplexity, "ppl"),
         "" if row.recall is None else f"{row.recall:.1%}", f"{row.seconds:.0f} s",
     )  # fmt: skip
 
 
-_AXIS_HEAD = ("method", "keep", "weights", "of whole", "prefill", "decode", "perplexity", "recall", "time to make")
+_AXIS_HEAD = (
+    "model", "method", "keep", "weights", "of whole", "prefill", "decode", "perplexity", "recall", "time to make",
+)  # fmt: skip
 _TABLES: dict[str, tuple[Sequence[str], Callable[[Any], tuple[str, ...]]]] = {
     "overhead": (("model", "method", "tokens", "bare forward", "method / forward", "goal met"), _overhead),
     "memory": (
@@ -239,10 +311,39 @@ _TABLES: dict[str, tuple[Sequence[str], Callable[[Any], tuple[str, ...]]]] = {
         ("tokens", "method", "cache", "of dense", "tokens/s", "against dense", "bound", "share of bound"),
         _cache,
     ),
+    "stun-forwards": (
+        ("experts", "parameters", "used by a token", "tokens", "forwards", "bare forward", "looking / forward",
+         "goal met", "whole step / forward"),
+        _stun,
+    ),
     "prompts": (
         ("model", "tokens", "method", "time", "against the library", "bound", "share of bound", "cache at most",
          "cache afterwards"),
         _prompt,
+    ),
+    "readme-serving": (
+        ("router", "order", "largest expert", "experts a batch", "mean wait",
+         *(f"hits with room for {size}: Belady, LRU, FIFO" for size in CAPACITIES)),
+        _serving,
+    ),
+    "readme-speed": (
+        ("phase", "experts", "tokens/s", "against dense", "bound", "share of bound", "weights of experts",
+         "of the model's MLPs"),
+        _channels,
+    ),
+    "evopress-search": (
+        ("model", "method", "KL to the dense model", "against the first", "better", "same choice", "parameters",
+         "forward passes", "time", "killed and resumed the same"),
+        _search,
+    ),
+    "checkfree-recovery": (
+        ("trained", "stage lost", "recovery", "loss before", "at once", "later", "seeds below random: at once, later"),
+        _recovery,
+    ),
+    "repair": (
+        ("experts dropped by", "routers trained", "perplexity", "KL to the original", "loss against none",
+         "against linear", "load entropy", "mutual information", "training"),
+        _repair,
     ),
     "axis-experts": (_AXIS_HEAD, _axis),
     "axis-depth": (_AXIS_HEAD, _axis),

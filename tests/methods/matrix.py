@@ -32,13 +32,26 @@ from paredown.core.sequential import Resident, Stream
 # Fields that make a method another one; defaults are always among them.
 FIELDS: dict[str, tuple[dict[str, Any], ...]] = {
     "camera-p": ({}, {"form": "ragged"}),
+    "camera-q": ({}, {"search": False}),
     "dern": ({}, {"alpha": 0.0}),
-    "llm-drop": ({}, {"part": "mlp"}, {"part": "joint"}),
+    "llm-drop": ({}, {"part": "mlp"}, {"part": "joint"}, {"part": "each"}),
     "llm-drop-blocks": ({}, {"consecutive": True}),
     "random-blocks": ({}, {"consecutive": True}),
     "random-experts": ({},),
     "random-neurons": ({}, {"form": "ragged"}),
     "random-sublayers": ({}, {"part": "mlp"}, {"part": "joint"}),
+    "random-weights": ({}, {"where": "mlp"}),
+    "sajjad": (
+        {},
+        {"strategy": "bottom"},
+        {"strategy": "symmetric"},
+        {"strategy": "odd-alternate"},
+        {"strategy": "parameter"},
+        {"strategy": "contribution"},
+    ),
+    "stun": ({}, {"uniform": True}, {"coactivation": 1.0, "linkage": "complete"}),
+    "unified-layer-skipping": ({}, {"spread": "even"}),
+    "stun-weights": ({}, {"by": "owl"}, {"by": "magnitude", "where": "mlp"}),
 }
 # Families in which what an axis removes differs; an axis that is not named is tried on all decoders.
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -47,6 +60,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 # Budgets that every family can meet; 0.3 of three layers takes two, 0.75 of eight experts two.
 KEEPS: dict[str, tuple[float, ...]] = {"experts": (0.5, 0.75), "depth": (0.5, 0.3)}
+_SUBLAYERS = ("sub-layers", "sub-layers, searched")
+# Units whose budgets mean something else than a half of them.
+UNIT_KEEPS: dict[str, tuple[float, ...]] = {"expert bits": (0.2, 0.17)}
+# Both ends stay, so that one of three layers is refused.
+NAME_KEEPS: dict[str, tuple[float, ...]] = {"unified-layer-skipping": (0.5,)}
 
 
 @dataclass(frozen=True)
@@ -64,11 +82,14 @@ class Case:
     @property
     def keeps(self) -> tuple[float, ...]:
         """Budgets to try."""
-        return KEEPS.get(registry.entry(self.name).axis, (0.5,))
+        entry = registry.entry(self.name)
+        if self.name in NAME_KEEPS:
+            return NAME_KEEPS[self.name]
+        return UNIT_KEEPS.get(entry.unit) or KEEPS.get(entry.axis, (0.5,))
 
-    def method(self, keep: float = 0.5) -> Compressor:
-        """Build the method."""
-        made = registry.create(self.name, keep=keep, **self.fields)
+    def method(self, keep: float | None = None) -> Compressor:
+        """Build the method, with the first of its budgets if none is given."""
+        made = registry.create(self.name, keep=self.keeps[0] if keep is None else keep, **self.fields)
         assert isinstance(made, Compressor)
         return made
 
@@ -163,15 +184,27 @@ def removed(n: int, keep: float) -> int:
 def expected(method: Compressor, blocks: Sequence[Block]) -> dict[str, int]:
     """Return how many units stay, by pool: a layer, or all."""
     keep = method.keep
+    if method.unit == "experts" and method.scope == "global" and not method.uniform:
+        return {"all": sum(b.experts.count - removed(b.experts.count, keep) for b in blocks if b.experts)}
+    if method.unit == "weights":
+        shapes = _weights(method, blocks, _state(blocks)).values()
+        return {"all": sum(math.prod(s[:-1]) * (s[-1] - removed(s[-1], keep)) for s in shapes)}
+    if method.unit == "expert bits":
+        return {str(b.index): sum(w * n for w, n in _widths(method, b)) for b in blocks if b.experts}
     if method.unit == "experts":
         return {str(b.index): b.experts.count - removed(b.experts.count, keep) for b in blocks if b.experts}
     if method.unit == "expert neurons":
         return {str(b.index): _neurons_that_stay(method, b) for b in blocks if b.experts}
     if method.unit == "blocks":
         return {"all": len(blocks) - removed(len(blocks), keep)}
-    if method.unit == "sub-layers":
-        n = sum(map(len, _sublayers(method, blocks).values()))
-        return {"all": n - removed(n, keep)}
+    if method.unit in _SUBLAYERS:
+        kinds = [kind for found in _sublayers(method, blocks).values() for kind in found]
+        pools = [[kind for kind in kinds if kind == one] for one in ("attention", "mlp")]
+        pools = pools if method.part == "each" else [kinds]
+        return {"all": sum(len(pool) - removed(len(pool), keep) for pool in pools)}
+    if method.unit == "levels":
+        # What every layer loses alike is the total.
+        return {"all": sum(expected(method.inner(), blocks).values())}
     raise AssertionError(f"teach matrix.py how a budget of {method.unit} is met, and how to count them")
 
 
@@ -198,16 +231,74 @@ def _sublayers(method: Any, blocks: Sequence[Block]) -> dict[int, dict[str, str]
         dense = block.mlp or block.experts
         parts = {"attention": block.attention.path if block.attention else None, "mlp": dense.path if dense else None}
         found[block.index] = {
-            kind: f"{block.path}.{path}." for kind, path in parts.items() if path and method.part in (kind, "joint")
+            kind: f"{block.path}.{path}."
+            for kind, path in parts.items()
+            if path and method.part in (kind, "joint", "each")
         }
+    return found
+
+
+def _state(blocks: Sequence[Block]) -> Mapping[str, Tensor]:
+    """Return the weights of the untouched model that these blocks are the anatomy of."""
+    family = next(f for f in (*FAMILIES["experts"], *families.DECODERS) if anatomy(f).language.blocks is blocks)
+    state: Mapping[str, Tensor] = _built(family).state_dict()
+    return state
+
+
+def _weights(method: Any, blocks: Sequence[Block], state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every matrix whose weights may be zeroed: all of two or more dimensions but gates."""
+    found = {}
+    for block in blocks:
+        dense = block.mlp or block.experts
+        assert dense is not None
+        inside = f"{block.path}." if method.where == "all" else f"{block.path}.{dense.path}."
+        gates = {block.experts.router, block.experts.shared_gate} if block.experts is not None else set()
+        for name, tensor in state.items():
+            owner = name.removeprefix(f"{block.path}.").rpartition(".")[0]
+            if name.startswith(inside) and tensor.dim() > 1 and owner not in gates:
+                found[name] = tuple(tensor.shape)
+    return found
+
+
+def _widths(method: Any, block: Block) -> list[tuple[int, int]]:
+    """Return widths and how many neurons get each: a tenth the widest, then as many of the middle one as fit."""
+    part = block.experts
+    assert part is not None
+    n = part.count * part.width + (part.shared.width if part.shared is not None else 0)
+    total = math.floor(n * 16 * Fraction(str(method.keep)))
+    if method.name == "uniform-bits":
+        return [(total // n + 1, total % n), (total // n, n - total % n)]
+    wide, middle, narrow = method.bits
+    first = math.floor(n * Fraction(str(method.top)))
+    second = (total - first * wide - (n - first) * narrow) // (middle - narrow)
+    return [(wide, first), (middle, second), (narrow, n - first - second)]
+
+
+def _levels(blocks: Sequence[Block], state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return how many different numbers stand in each neuron's row of up, by layer."""
+    found = {}
+    for block in blocks:
+        if block.experts is not None:
+            part = block.experts
+            up = state[f"{block.path}.{part.experts}.gate_up_proj"][:, part.width :].flatten(0, 1)
+            if part.shared is not None:
+                up = torch.cat([state[f"{block.path}.{part.shared.up}.weight"], up])
+            found[str(block.index)] = [len(row.unique()) for row in up]
     return found
 
 
 def in_edits(method: Compressor, blocks: Sequence[Block], edits: Sequence[Any]) -> dict[str, int]:
     """Count the units that stay, by what the edits say."""
+    if method.unit == "levels":
+        return {"all": sum(in_edits(method.inner(), blocks, edits).values())}
     if method.unit == "experts":
         counts = {str(b.index): b.experts.count for b in blocks if b.experts}
-        return counts | {str(e.layer): len(set(e.keep)) for e in edits}
+        counts |= {str(e.layer): len(set(e.keep)) for e in edits}
+        return {"all": sum(counts.values())} if "all" in expected(method, blocks) else counts
+    if method.unit == "weights":
+        return {"all": sum(e.after for e in edits)}
+    if method.unit == "expert bits":
+        return {str(e.layer): e.after for e in edits}
     if method.unit == "expert neurons":
         counts = {}
         for block in blocks:
@@ -228,9 +319,20 @@ def in_weights(method: Compressor, blocks: Sequence[Block], state: Mapping[str, 
     stack = blocks[0].path.rpartition(".")[0]
     if method.unit == "blocks":
         return {"all": len({name.removeprefix(f"{stack}.").split(".")[0] for name in state if name.startswith(stack)})}
-    if method.unit == "sub-layers":
+    if method.unit == "levels":
+        return {"all": sum(in_weights(method.inner(), blocks, state).values())}
+    if method.unit in _SUBLAYERS:
         paths = [path for kinds in _sublayers(method, blocks).values() for path in kinds.values()]
         return {"all": sum(any(name.startswith(path) for name in state) for path in paths)}
+    if method.unit == "weights":
+        return {"all": sum(int((state[name] != 0).sum()) for name in _weights(method, blocks, state))}
+    if method.unit == "expert bits":
+        # Numbers of so few columns do not tell eight bits from more; narrower ones show.
+        for block, levels in zip([b for b in blocks if b.experts], _levels(blocks, state).values(), strict=True):
+            for width, _ in _widths(method, block):
+                wanted = sum(many for other, many in _widths(method, block) if other <= width)
+                assert sum(level <= 2**width for level in levels) >= wanted
+        return expected(method, blocks)
     counts = {}
     for block in blocks:
         part = block.experts
@@ -253,4 +355,6 @@ def in_weights(method: Compressor, blocks: Sequence[Block], state: Mapping[str, 
             counts[str(block.index)] = down.shape[0] * down.shape[2]
         if part.shared is not None:
             counts[str(block.index)] += state[f"{block.path}.{part.shared.down}.weight"].shape[1]
+    if "all" in expected(method, blocks):
+        return {"all": sum(counts.values())}
     return counts

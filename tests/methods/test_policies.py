@@ -6,6 +6,8 @@ A new policy is in it by being registered. `FIELDS` names fields that small mode
 from __future__ import annotations
 
 import contextlib
+import functools
+import tempfile
 from typing import Any
 
 import families
@@ -13,8 +15,9 @@ import pytest
 import torch
 
 from paredown import registry
-from paredown.core.attach import attach
+from paredown.core.attach import attach, wrap
 from paredown.core.cache import nbytes
+from paredown.core.calibration import Batch
 from paredown.core.method import Policy
 
 PROMPT = 40
@@ -29,7 +32,22 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mustafar": {"window": 8},
     "random-elements": {"window": 8},
 }
+# What must learn before it can run: on random rows, a step or none.
+LEARNS: dict[str, dict[str, Any]] = {
+    "read-me": {"experts": 3, "steps": 2, "batch": 4, "width": 16},
+    "rmoe": {"steps": 2, "batch": 4, "width": 16, "lr": 0.05},
+    "random-routers": {"steps": 2, "batch": 4, "width": 16, "lr": 0.05},
+    "gamma-mod": {"steps": 2, "batch": 4, "recent": 4, "samples": 2},
+    "random-tokens-a-layer": {"recent": 4, "samples": 2},
+}
 TEXT = ("llama", "qwen3", "mistral", "gemma3", "qwen3_moe")
+# Families of policies that act on what not all models have.
+ONLY: dict[str, tuple[str, ...]] = {
+    "read-me": ("llama", "qwen3", "mistral", "gemma3"),
+    "random-channel-experts": ("llama", "qwen3", "mistral", "gemma3"),
+    "rmoe": families.MOE,
+    "random-routers": families.MOE,
+}
 IMAGES = ("llava", "llava_next", "qwen2_vl", "internvl")
 
 
@@ -40,7 +58,7 @@ def policies() -> list[str]:
 def cases() -> list[tuple[str, str]]:
     found = []
     for name in policies():
-        for family in IMAGES if registry.entry(name).axis == "vision" else TEXT:
+        for family in ONLY.get(name, IMAGES if registry.entry(name).axis == "vision" else TEXT):
             found.append((name, family))
     return found
 
@@ -59,9 +77,23 @@ def made(name: str, family: str, keep: float = 0.5, **fields: Any) -> Policy:
         kinds = getattr(hf.config, "layer_types", None) or [""] * hf.config.num_hidden_layers
         heads = [0 if kind.startswith("sliding") and family != "mistral" else 2 for kind in kinds]
         given["heads"] = [[float(head % 2) for head in range(count)] for count in heads]
+    if name in LEARNS and keep < 1:
+        return learned(name, family, keep, tuple(given.items()))
     policy = registry.create(name, keep=keep, **given)
     assert isinstance(policy, Policy)
     return policy
+
+
+_LEARNED = tempfile.TemporaryDirectory(prefix="paredown-tests-")
+
+
+@functools.cache
+def learned(name: str, family: str, keep: float, given: tuple[tuple[str, Any], ...]) -> Policy:
+    policy = registry.create(name, keep=keep, **{**LEARNS[name], **dict(given)})
+    assert isinstance(policy, Policy)
+    rows = torch.randint(3, families.VOCAB, (8, 24), generator=torch.Generator().manual_seed(5))
+    folder = f"{_LEARNED.name}/{name}-{family}-{keep}"
+    return policy.prepare(wrap(build(family)), Batch(rows, None, "random", "", 0, 8), folder=folder)
 
 
 def given(family: str, *, batch: int = 2, seed: int = 0) -> dict[str, Any]:

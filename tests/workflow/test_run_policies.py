@@ -184,3 +184,13 @@ def test_policies_that_the_model_brings_are_left_out_and_that_is_said(ran, text_
     out, _ = ran(STREAMING)
     first, _ = planning.plan(recipe_of(out, text_file, HALF, {**STREAMING, "keep": 0.75}), rehearse=False)
     assert "The policies that the model brings (streaming) are left out" in first.notes[-1]
+
+
+def test_the_first_model_of_a_recipe_teaches_what_its_last_step_learns(ran):
+    out, _ = ran(HALF, {"method": "rmoe", "steps": 2, "width": 8, "balance": 0.0})
+    [policy] = policy_file.read(out)
+    told = dict(policy.measured)
+    # KL to the original alone: a next-token loss of this model would be several nats.
+    assert 0 < told["loss at first"] < 1
+    assert (out / "policies" / "1-weights.safetensors").is_file()
+    assert read_record(out).proof.max_abs_logit_difference == 0.0

@@ -25,6 +25,7 @@ from paredown.workflow.views.base import budget, carrying
 from paredown.workflow.views.spectrum import Spectrum, singular_values
 
 ROWS, LENGTH = 5, 12
+DEPTH = ("contribution", "skip-effect", "linear-term", "lens")
 
 
 def tokens(rows: int = ROWS, length: int = LENGTH) -> Batch:
@@ -317,9 +318,9 @@ def test_every_family_is_scanned(family, tmp_path):
     names = {view.name for view in record.views}
     wanted = {"spectrum"}
     if family not in families.ENCODERS:
-        wanted |= {"stream-similarity", "neuron-energy", "head-importance"}
+        wanted |= {"stream-similarity", "neuron-energy", "head-importance", *DEPTH}
     if family in families.MOE:
-        wanted |= {"expert-use", "expert-similarity"}
+        wanted |= {"expert-use", "expert-similarity", "expert-coactivation", "expert-linkage"}
     assert names == wanted
     assert record.parameters == sum(p.numel() for p in model.parameters())
     assert ScanRecord.model_validate_json(record.model_dump_json()) == record
@@ -394,7 +395,7 @@ def test_padding_counts_for_nothing(tmp_path):
     mask = torch.cat([torch.ones(ROWS, LENGTH), torch.zeros(ROWS, 4)], 1).long()
     padded = scan(folder, Batch(ids, mask, "random", "none", 0, ROWS))
     record = scan(folder, plain)
-    for name in ("expert-use", "stream-similarity", "head-importance", "neuron-energy"):
+    for name in ("expert-use", "stream-similarity", "head-importance", "neuron-energy", "contribution", "skip-effect"):
         for one, other in zip(rows(record, name), rows(padded, name), strict=True):
             assert one.values == pytest.approx(other.values, abs=1e-4)
             for key, series in one.series.items():
@@ -406,7 +407,7 @@ def test_padding_counts_for_nothing(tmp_path):
 
 def test_without_data_the_weights_are_still_looked_at(tmp_path):
     record = scan(saved(families.mixtral(), tmp_path))
-    assert [view.name for view in record.views] == ["expert-similarity", "spectrum"]
+    assert [view.name for view in record.views] == ["expert-similarity", "expert-linkage", "spectrum"]
     assert record.data == {}
     assert any("--data" in note for note in record.notes)
     row = rows(record, "expert-similarity")[0]

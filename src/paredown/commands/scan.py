@@ -19,7 +19,8 @@ Out = Annotated[
 def command(model: options.Model, data: options.Data = None, out: Out = None, as_json: options.Json = False) -> None:
     """Measure redundancy per axis and layer.
 
-    Expert use and similarity, what sub-layers and blocks change in the residual stream, energy of neurons,
+    Expert use and similarity, what sub-layers and blocks change in the residual stream, what later blocks and the
+    output need of each block, how far blocks work side by side, where the output is settled, energy of neurons,
     importance of heads, spectra of weights. Without data, what the weights alone show.
     """
     from paredown.commands.output import console, emit, notes, say

@@ -19,7 +19,7 @@ FUSED_ORDER: dict[str, Literal["interleaved", "stacked"]] = {
 }
 
 # Families whose attention reads `config.head_dim` although their configuration class does not declare it.
-READS_HEAD_DIM = frozenset({"phi", "qwen2", "qwen2_moe"})
+READS_HEAD_DIM = frozenset({"arcee", "granite", "phi", "qwen2", "qwen2_moe", "smollm3", "starcoder2"})
 
 # Families whose attention derives the size of a head from the hidden size whatever the configuration says.
 IGNORES_HEAD_DIM = frozenset(
@@ -36,6 +36,9 @@ IGNORES_HEAD_DIM = frozenset(
         "vit",
     }
 )
+
+# What attention modules call their window and whether they rotate: layers of some families differ in it.
+SEES = ("sliding_window", "attention_type", "layer_type", "use_rope")
 
 # Configuration keys that hold the width of the dense MLP, tried in this order.
 MLP_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "mlp_dim")

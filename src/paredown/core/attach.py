@@ -1,7 +1,8 @@
 """Attach policies to a model and take them off again; in between, the seams call their runtimes.
 
-- What is touched: the name of the attention implementation in the configs, hooks on modules, the layers of caches that
-  pass by. All of it is undone when the context closes, also after an error.
+- What is touched: the name of the attention implementation in the configs, hooks on modules, the forward of MLPs that
+  a policy computes itself, the layers of caches that pass by. All of it is undone when the context closes, also after
+  an error.
 - A ``DynamicCache`` that comes along empty gets our layers; one that was filled by the model alone, and a static one,
   is refused.
 - Policies that act on different places go together; the others are refused before anything runs.
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from paredown.core import anatomy as anatomy_module
-from paredown.core import attention
+from paredown.core import attention, feeding, inside
 from paredown.core.attention import Call, Seat, compute, visible
 from paredown.core.cache import PolicyLayer, Store, nbytes
 from paredown.core.checkpoint import Model
+from paredown.core.companion import Companion, CompanionLayer
 from paredown.core.images import visual
 from paredown.core.method import Place, Policy
 from paredown.core.runtime import Part, Pass, Runtime, overrides
+from paredown.core.skipping import Skipping
 from paredown.core.stream import Stream
 from paredown.errors import ArchitectureError, PolicyError
 
@@ -144,6 +147,8 @@ class Attachment:
         self._eye = visual.Eye(model, self._with("look"), self._with("after_vision"), self._with("features"))
         self._before, self._after = self._with("before"), self._with("after")
         self._attend, self._watch = self._with("attend"), self._with("watch")
+        self._feed, self._remember = self._with("feed"), self._with("companion")
+        self._skipping = Skipping(found, lambda: self.now) if (found := self._with("skips")) else None
         self._streams = bool(self._before or self._after or self._eye.chooses)
         self._keeps = bool(self._attend or self._with("store") or self._with("partition") or self._streams)
         self._attentions: dict[int, nn.Module] = {}
@@ -184,6 +189,11 @@ class Attachment:
                 handles.append(block.register_forward_hook(self._leave(part.index, part.index == last), prepend=True))
         for handle in handles:
             stack.callback(handle.remove)
+        if self._feed:
+            feeding.install(stack, self, blocks, self._feed)
+        if self._skipping is not None:
+            self._skipping.install(stack, hf, [(part.index, block) for part, block in blocks])
+        inside.install(stack, self, blocks, self.runtimes)
         self._eye.install(stack, self)
 
     def _check_attention(self) -> None:
@@ -219,8 +229,10 @@ class Attachment:
             padding=_padding(kwargs.get("attention_mask"), past + length),
             cache=cache,
             ids=ids,
+            reading=self._skipping is not None and self._skipping.reading,
         )
         self._eye.see(self.now)
+        self._accompany(self.now)
         self.last = cache if cache is not None else self.last
         self.stream = Stream(self.now) if self._streams else None
         for runtime in self.runtimes:
@@ -237,8 +249,21 @@ class Attachment:
                 runtime.end(now)
         self._eye.forget()
 
+    def _accompany(self, now: Pass) -> None:
+        """Hand runtimes what they remember of the pass's sequences."""
+        layers = [] if now.cache is None else [one for one in now.cache.layers if isinstance(one, CompanionLayer)]
+        held: dict[int, Companion] = {}
+        for layer in layers:
+            if layer.seen != now.past:
+                raise PolicyError("this cache was changed from outside while a policy was attached; start a new one.")
+            layer.seen, layer.is_initialized = now.stop, True
+            held[layer.number] = layer.companion
+        for number, runtime in enumerate(self.runtimes):
+            if runtime in self._remember:
+                now.companions[runtime] = held[number] if number in held else runtime.companion()
+
     def _with_cache(self, decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if not self._keeps:
+        if not (self._keeps or self._remember):
             return kwargs
         config: Any = decoder.config
         wanted = kwargs.get("use_cache")
@@ -285,8 +310,11 @@ class Attachment:
             cache.layers = list(DynamicCache(config=config).layers)
             cache.layer_class_to_replicate = None
         setattr(cache, _ATTACHED, self)
-        for index, window in self._touched(cache).items():
+        for index, window in self._touched(cache).items() if self._keeps else ():
             cache.layers[index] = PolicyLayer(self, self._parts(index, window), window)
+        for number, runtime in enumerate(self.runtimes):
+            if runtime in self._remember:
+                cache.layers.append(CompanionLayer(runtime.companion(), number))
 
     def _touched(self, cache: Any) -> dict[int, int | None]:
         """Return the layers of a plain cache that a policy keeps, with their sliding windows."""
@@ -330,6 +358,8 @@ class Attachment:
         call.cached = held if isinstance(held, PolicyLayer) else None
         for runtime in self._watch:
             runtime.watch(call)
+        if self._skipping is not None:
+            self._skipping.note(call)
         if call.cached is not None:
             for runtime in self._attend:
                 out = runtime.attend(call)

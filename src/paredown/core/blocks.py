@@ -48,7 +48,7 @@ def block(
         mlp = _with_norms(mlp, before_m, after_m)
     if experts is not None:
         experts = _with_norms(experts, before_m, after_m)
-    return Block(index, path, residual, attention, mlp, experts)
+    return Block(index, path, residual, attention, mlp, experts, shared=getattr(module, "paredown_shared", None))
 
 
 def missing(model: nn.Module, role: str, seen: str) -> ArchitectureError:
@@ -142,12 +142,13 @@ def _attention(module: nn.Module, config: PreTrainedConfig, model: nn.Module, wh
             if k is None:
                 raise missing(model, "attention's key projection", join(where, name))
             kv_heads = _weight(child, k).shape[0] // head_dim
-    joint = any(
-        norm.weight.shape[0] != head_dim and layout == "separate"
+    norms: list[Any] = [
+        norm
         for path, norm in child.named_modules()
         if path.split(".")[-1] in ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
-        and getattr(norm, "weight", None) is not None
-    )
+    ]
+    weights = [norm.weight for norm in norms if getattr(norm, "weight", None) is not None]
+    joint = any(weight.shape[0] != head_dim and layout == "separate" for weight in weights)
     if layout != "mla":
         _check_attention(child, {"q": q, "k": k, "v": v, "qkv": qkv, "o": o}, (heads, kv_heads, head_dim), model, where)
     q, k, v, qkv = (None if path is None else join(name, path) for path in (q, k, v, qkv))
@@ -166,6 +167,8 @@ def _attention(module: nn.Module, config: PreTrainedConfig, model: nn.Module, wh
         contribution=name,
         fused_order=order,
         joint_norms=joint,
+        head_norms=bool(norms),
+        sees=", ".join(f"{name} {vars(owner)[name]}" for name in names.SEES if name in vars(owner)),
     )
 
 

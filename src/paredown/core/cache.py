@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from paredown.core.attention import Call, compute, queries_of, visible
+from paredown.core.companion import CompanionLayer
 from paredown.errors import PolicyError
 
 CHUNK = 256
@@ -420,10 +421,10 @@ def allocated(tensors: Any) -> int:
 
 
 def nbytes(cache: Any) -> int:
-    """Return the bytes that a cache keeps allocated: policy layers and transformers' own."""
+    """Return the bytes that a cache keeps allocated: layers of policies and transformers' own."""
     found: list[Tensor] = []
     for layer in cache.layers:
-        if isinstance(layer, PolicyLayer):
+        if isinstance(layer, PolicyLayer | CompanionLayer):
             found += layer.tensors()
         else:
             found += [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]

@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 from paredown.core import anatomy as anatomy_module
 from paredown.core import files, layered
 from paredown.core.anatomy import Anatomy
+from paredown.core.buffers import real_buffers
 from paredown.core.resources import release_memory
 from paredown.core.tensors import DTYPES, OnFile, check_finite
 from paredown.errors import ArchitectureError, CheckpointError
@@ -52,7 +53,8 @@ class Model:
     """A Hugging Face model, its tokenizer or processor and its anatomy, together.
 
     ``source`` is what the user gave; ``folder`` the local folder it was read from (None for a model from memory);
-    ``policies`` act on it since it was loaded, until :meth:`detach`.
+    ``policies`` act on it since it was loaded, until :meth:`detach`. ``original`` is the folder of the model that a
+    recipe began with, where earlier steps made this one of it: a teacher for what is learned.
     """
 
     hf: PreTrainedModel
@@ -62,6 +64,7 @@ class Model:
     source: str
     folder: Path | None = None
     policies: tuple[Policy, ...] = ()
+    original: Path | None = None
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
 
     @classmethod
@@ -182,15 +185,29 @@ class Skeleton:
 
     def fill(self, prefixes: tuple[str, ...], *, without: tuple[str, ...] = (), device: str = "cpu") -> None:
         """Read from disk the weights below ``prefixes`` but not below ``without``, checking that they are numbers."""
-        wanted = [n for n, place in self.places.items() if below(place, prefixes) and not below(place, without)]
+        ties = {
+            target: source
+            for target, source in (getattr(self.hf, "all_tied_weights_keys", None) or {}).items()
+            if below(target, prefixes) and not below(target, without)
+        }
+        # What is tied to a weight elsewhere needs that weight, which is not to stay where it is not asked for.
+        lent = {s for s in ties.values() if not below(s, prefixes) or below(s, without)}
+        held = {source: self.hf.get_parameter(source) for source in lent}
+        lent = {source for source, parameter in held.items() if parameter.is_meta}
+        wanted = [
+            name
+            for name, place in self.places.items()
+            if place in lent or (below(place, prefixes) and not below(place, without))
+        ]
         # Read tensor by tensor while they are renamed and fused, so that no block is held twice.
         state = {name: OnFile(self.folder, name, self.tensors[name]) for name in wanted}
         report = self._convert(state, device)
         absent = {k for k in report.missing_keys if below(k, prefixes) and not below(k, without)}
         _check_loading(self.folder, absent - self._tied(), report.mismatched_keys)
-        for target, source in (getattr(self.hf, "all_tied_weights_keys", None) or {}).items():
-            owner, _, leaf = target.rpartition(".")
-            self.hf.get_submodule(owner)._parameters[leaf] = self.hf.get_parameter(source)
+        for target, source in ties.items():
+            self._put(target, self.hf.get_parameter(source))
+        for source in lent:
+            self._put(source, held[source])
 
     def empty(self, prefix: str) -> None:
         """Forget the weights below ``prefix``."""
@@ -208,6 +225,10 @@ class Skeleton:
         self.hf._weight_conversions = [c for c in self.mapping if c.was_used()]
         with quiet():
             return {k: v.contiguous() for k, v in revert_weight_conversion(self.hf, state).items()}
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        owner, _, leaf = name.rpartition(".")
+        self.hf.get_submodule(owner)._parameters[leaf] = parameter
 
     def _tied(self) -> set[str]:
         return set(getattr(self.hf, "all_tied_weights_keys", {}) or {})
@@ -252,7 +273,7 @@ def skeleton(ref: str | Path) -> Skeleton:
                 "mend it or copy it again."
             ) from None
     hf = hf.eval().requires_grad_(False)
-    _real_buffers(hf)
+    real_buffers(hf)
     hf.tie_weights(recompute_mapping=True)
     tensors = files.headers(folder)
     model = Model(hf, read_tokenizer(folder), read_processor(folder), anatomy_module.find(hf), str(ref), folder)
@@ -292,12 +313,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 def _check_layers(raw: Any, folder: Path) -> None:
     """Refuse a number of layers that the files cannot fill, before lists and modules of that length are made."""
-    limit = len(files.headers(folder))
+    held = len(files.headers(folder))
     for part in [raw, *(value for value in raw.values() if isinstance(value, dict))]:
+        # A layer that shares the weights of another may hold nothing of its own.
+        layers = part.get("per_layer_config")
+        listed = layers.values() if isinstance(layers, dict) else ()
+        limit = held + sum(isinstance(one, dict) and one.get("shared_with") is not None for one in listed)
         for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"):
             if isinstance(part.get(key), int) and part[key] > limit:
                 raise CheckpointError(
-                    f"{folder / 'config.json'} asks for {part[key]} layers ({key}), but the checkpoint holds {limit} "
+                    f"{folder / 'config.json'} asks for {part[key]} layers ({key}), but the checkpoint holds {held} "
                     "tensors; mend the config or copy the checkpoint again."
                 )
 
@@ -382,32 +407,6 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _real_buffers(hf: PreTrainedModel) -> None:
-    """Compute non-persistent buffers (rotary tables): they are in no checkpoint."""
-    owners = set()
-    for name, buffer in list(hf.named_non_persistent_buffers()):
-        path, _, leaf = name.rpartition(".")
-        owner = hf.get_submodule(path)
-        owner._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-        owners.add(path)
-    for path in sorted(owners):
-        owner = hf.get_submodule(path)
-        real = {n: b for n, b in owner._buffers.items() if b is not None and b.device.type != "meta"}
-        # What initialisation does to parameters is lost on the meta device: only the buffers become real.
-        _owner_model(hf, path)._init_weights(owner)
-        assert all(owner._buffers[n] is not None for n in real)
-
-
-def _owner_model(hf: PreTrainedModel, path: str) -> PreTrainedModel:
-    """Return the innermost pretrained sub-model around a module: its ``_init_weights`` knows it."""
-    parts = path.split(".")
-    for end in range(len(parts), 0, -1):
-        candidate = hf.get_submodule(".".join(parts[:end]))
-        if isinstance(candidate, PreTrainedModel):
-            return candidate
-    return hf
 
 
 def _place(skeleton: Skeleton) -> None:

@@ -1,7 +1,7 @@
 """The engine behind every compressor: observe, score, decide, rewrite, cut, block after block.
 
 - A method whose decision for a layer needs that layer alone is done in one pass; one that chooses over all layers
-  looks in a first pass and cuts in a second.
+  looks in a first pass and cuts in a second, in which it may look again, behind what it has cut.
 - Held-out sequences travel along, once through the blocks as they were and once through the blocks as they become:
   the gate's numbers need no second model in memory.
 - After each block the keeper is told everything needed to go on from there; a run that was killed resumes with the
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from paredown.core import audit, surgery
 from paredown.core.anatomy import Block
+from paredown.core.configs import check_unshared
 from paredown.core.edits import DropBlock, Edit
-from paredown.core.method import Compressor, Method, Outcome, Progress, View
+from paredown.core.method import AGAIN, Compressor, Method, Outcome, Progress, View
 from paredown.core.resources import peak_memory, reset_peak_memory, timed
 from paredown.core.sequential import AttentionMemory, Resident, Source, Stream
 from paredown.errors import ArchitectureError, DataError, NothingTouchedError
@@ -154,6 +155,7 @@ class Job:
                 f"{self.method.name} removes {self.method.unit}, and {self.source.model.source} has none; "
                 "`paredown scan` shows what it has."
             )
+        check_unshared(blocks, self.method.name)
         point = self.keeper.resume()
         with self._timed("embed"), self.source.open_ends(head=False):
             for stream in self._streams():
@@ -191,18 +193,19 @@ class Job:
             self._tell(part.index, len(blocks), "compressing")
             view = self._open(part.index)
             edits: list[Edit] = []
+            scores: dict[str, Tensor] = {}
             memory: AttentionMemory | None = None
             edited_path = self.method.propagate == "edited"
             if self.method.applies(part):
-                memory = AttentionMemory(view) if edited_path else None
-                scores = self._observe(view, memory)
+                memory = self._memory(view) if edited_path else None
+                scores = self._observe(view, memory, discard=edited_path)
                 with self._timed("decide"):
                     edits = self.method.decide([part], {part.index: scores})
             elif self.calibration is not None and not edited_path:
                 self._advance(self.calibration, view)
             if self.watch is not None:
                 self._advance(self.watch.before, view)
-            after = self._edit(view, edits)
+            edits, after = self._edit(view, edits, scores)
             if self.calibration is not None and edited_path:
                 self._advance(self.calibration, after, part.index, replay=memory)
             if self.watch is not None:
@@ -216,7 +219,7 @@ class Job:
             self._tell(part.index, 2 * len(blocks), "looking")
             view = self._open(part.index)
             if self.method.applies(part):
-                self._observe(view, None)
+                self._observe(view, None, discard=False)
             elif self.calibration is not None:
                 self._advance(self.calibration, view)
             if self.watch is not None:
@@ -226,47 +229,71 @@ class Job:
 
     def _looked(self, point: Point | None) -> bool:
         """Whether calibration is over: what a resumed run still has to do asks for no more of it."""
-        return self.method.scope == "global" and point is not None and point.phase == "edit"
+        past = self.method.scope == "global" and point is not None and point.phase == "edit"
+        return past and self.method.propagate == "dense"
 
     def _cut_everywhere(self, blocks: Sequence[Block], decided: list[Edit], point: Point | None) -> None:
-        if self.calibration is not None:
+        cutting = point is not None and point.phase == "edit"
+        again = self.calibration if self.method.propagate == "edited" else None
+        if self.calibration is not None and not cutting:
             self.calibration.forget()
+        if again is not None and not cutting:
+            with self._timed("embed"), self.source.open_ends(head=False):
+                again.start(self.source)
         for part in blocks:
-            if point is not None and point.phase == "edit" and part.index <= point.layer:
+            if cutting and point is not None and part.index <= point.layer:
                 continue
             self._tell(len(blocks) + part.index, 2 * len(blocks), "cutting")
             view = self._open(part.index)
             edits = [e for e in decided if e.layer == part.index]
-            after = self._edit(view, edits)
+            scores = dict(self._known(part.index))
+            memory = self._memory(view) if again is not None and edits else None
+            if again is not None and edits:
+                scores = self._observe(view, memory, discard=True, known=scores)
+            edits, after = self._edit(view, edits, scores)
+            if again is not None:
+                self._advance(again, after, part.index, replay=memory)
             if self.watch is not None:
                 self._advance(self.watch.after, after, part.index)
             self._finish(part.index, edits, after, "edit")
 
-    def _observe(self, view: View, memory: AttentionMemory | None) -> dict[str, Tensor]:
-        """Look at one block; the calibration stream moves behind it unless its output is to come from edited blocks."""
+    def _memory(self, view: View) -> AttentionMemory | None:
+        return AttentionMemory(view) if self.method.replays else None
+
+    def _observe(
+        self, view: View, memory: AttentionMemory | None, *, discard: bool, known: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Look at one block; the calibration stream moves behind it unless its output is to come from edited blocks.
+
+        ``known`` are the scores of a first look; those of this one are put beside them.
+        """
         with self._timed("observe"):
             observers = self.method.observe(view) if self.calibration is not None else []
             if self.calibration is not None:
-                discard = self.method.propagate == "edited"
                 self.calibration.advance(view, observers, index=view.part.index, discard=discard, replay=memory)
             seen = {k: v for o in observers for k, v in o.result().items()}
         with self._timed("score"), torch.no_grad():
             scores = self.method.score(view, seen, self.seed)
-        self.keeper.look(view.part.index, scores)
+        if known is not None:
+            scores = {**known, **{f"{AGAIN}{name}": value for name, value in scores.items()}}
+        # Only what is small is stored; what is not is used up when this layer is cut.
+        small = {k: v for k, v in scores.items() if not k.removeprefix(AGAIN).startswith("_")}
+        self.keeper.look(view.part.index, small)
         return scores
 
-    def _edit(self, view: View, edits: list[Edit]) -> View | None:
+    def _edit(self, view: View, edits: list[Edit], scores: Mapping[str, Tensor]) -> tuple[list[Edit], View | None]:
         if any(isinstance(e, DropBlock) for e in edits):
             self._touched += sum(p.numel() for p in view.module.parameters())
-            return None
+            return edits, None
         if not edits:
-            return view
+            return edits, view
         with self._timed("cut"):
-            after, touched, remark = cut(self.method, view, edits, self._known(view.part.index))
+            edits = self.method.refine(view, edits, scores)
+            after, touched, remark = cut(self.method, view, edits, scores)
         if remark is not None:
             self.keeper.remark(view.part.index, remark)
         self._touched += touched
-        return after
+        return edits, after
 
     def _finish(self, index: int, edits: list[Edit], after: View | None, phase: str) -> None:
         with self._timed("keep"):

@@ -6,10 +6,12 @@ result. What differs from layer to layer stands in transformers' ``per_layer_con
 - the family's own: MLP width, experts' count, width and top-k, ``shared_expert_intermediate_size``,
   ``num_key_value_heads`` (the query heads follow: each key-value head keeps the query heads that read it);
 - ``expert_widths``: a list, where the experts of one layer differ in width;
-- ``skip``: ``["attention"]``, ``["mlp"]`` or both.
+- ``skip``: ``["attention"]``, ``["mlp"]`` or both;
+- ``shared_with``: the block whose weights this one uses, ``shared_rank`` and ``shared_norms`` (see `roles.Shared`).
 
-Next to the last two the size that no longer means anything is written as 0: code that knows neither key then fails on
-reading a per-layer value, where it would otherwise fill the weights that it misses with random numbers.
+Next to the last three the size that no longer means anything is written as 0: code that knows none of these keys then
+fails on reading a per-layer value, where it would otherwise fill the weights that it misses with random numbers. (The
+width of a block that shares is that of the block it shares with.)
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from paredown.core import architectures as names
-from paredown.core.anatomy import Anatomy, Block, Tower, tower_config
-from paredown.core.edits import DropBlock, Edit
-from paredown.core.effects import edited
+from paredown.core.anatomy import Anatomy, Attention, Block, Tower, tower_config
+from paredown.core.edits import ChangeWeights, DropBlock, Edit, FuseBlocks
+from paredown.core.effects import edited, fused, runs
 from paredown.errors import ArchitectureError, BudgetError
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ _PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attenti
 HEADS_KEY = "num_key_value_heads"
 SHARED_KEY = "shared_expert_intermediate_size"
 WIDTHS_KEY = "expert_widths"
+# Which block's weights a block uses, the rank of its deltas, whether its norms are its own; and what else means.
+WITH_KEY, RANK_KEY, NORMS_KEY = "shared_with", "shared_rank", "shared_norms"
+SHARING: dict[str, Any] = {WITH_KEY: None, RANK_KEY: 0, NORMS_KEY: True}
 # Read by every attention on building, unlike the count of key-value heads.
 DROPOUT_KEYS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 
@@ -63,6 +68,7 @@ def new_config(
     _write_widths(part, after, overrides)
     _write_experts(part, after, overrides)
     _write_skips(part, which, after, overrides)
+    _write_sharing(part, after, overrides)
     written = {i: override for i, override in enumerate(overrides) if override}
     if written:
         if not hasattr(part, "num_hidden_layers"):
@@ -89,19 +95,41 @@ def tower_of(anatomy: Anatomy, name: TowerName) -> Tower:
 def blocks_after(tower: Tower, edits: Sequence[Edit]) -> list[Block]:
     """Return the anatomy of each block that stays; ``index`` still counts in the model before the edits."""
     per_layer = by_layer(tower, edits)
-    gone = {edit.layer for edit in edits if isinstance(edit, DropBlock)}
+    joined, gone = runs(edits, len(tower.blocks)), removed_blocks(edits)
     after = [
-        edited(block, [edit for edit in per_layer.get(block.index, ()) if not isinstance(edit, DropBlock)])
+        fused([tower.blocks[i] for i in joined[block.index]])
+        if block.index in joined
+        else edited(block, [edit for edit in per_layer.get(block.index, ()) if not isinstance(edit, DropBlock)])
         for block in tower.blocks
         if block.index not in gone
     ]
     if not after:
         raise BudgetError(f"all {len(tower.blocks)} blocks would go; keep at least one")
+    _check_sharing(after)
     return after
 
 
+def removed_blocks(edits: Sequence[Edit]) -> set[int]:
+    """Return the blocks that are no more: dropped ones, and those that became part of the first of their run."""
+    gone = {edit.layer for edit in edits if isinstance(edit, DropBlock)}
+    for edit in edits:
+        if isinstance(edit, FuseBlocks):
+            gone |= set(range(edit.layer + 1, edit.layer + edit.count))
+    return gone
+
+
 def by_layer(tower: Tower, edits: Sequence[Edit]) -> dict[int, list[Edit]]:
-    """Sort edits by layer, keeping their order within a layer."""
+    """Sort edits by layer, keeping their order within a layer.
+
+    Raises
+    ------
+    BudgetError
+        If an edit is meant for a layer that is not there.
+    ArchitectureError
+        If blocks share weights and an edit would do more than change these.
+    """
+    if any(not isinstance(edit, ChangeWeights) for edit in edits):
+        check_unshared(tower.blocks, "the step")
     sorted_edits: dict[int, list[Edit]] = {}
     for edit in edits:
         if not 0 <= edit.layer < len(tower.blocks):
@@ -111,6 +139,22 @@ def by_layer(tower: Tower, edits: Sequence[Edit]) -> dict[int, list[Edit]]:
             )
         sorted_edits.setdefault(edit.layer, []).append(edit)
     return sorted_edits
+
+
+def check_unshared(blocks: Sequence[Block], who: str) -> None:
+    """Refuse blocks that share weights: what is cut in one would be cut, or missing, in all that use it.
+
+    Raises
+    ------
+    ArchitectureError
+        Naming the first such block; ``who`` is what refuses.
+    """
+    shared = next((block for block in blocks if block.shared is not None), None)
+    if shared is not None:
+        raise ArchitectureError(
+            f"layer {shared.index} of this model shares weights with other layers, and cutting one would cut them all;"
+            f" put {who} before the step that shares them, or heal behind it."
+        )
 
 
 def overrides_of(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
@@ -156,12 +200,27 @@ def _write_heads(config: PreTrainedConfig, tower: Tower, after: list[Block], ove
         return
     if len(set(counts.values())) == 1 and _global_heads(config, sample.heads, sample.kv_heads, sample.head_dim):
         return
-    # The global count stays: it is what the size of a head, the rotary embedding and the query heads are derived from.
+    if max(counts.values()) > before:
+        before = _widened(config, sample, max(counts.values()))
+    # Otherwise the global count stays: head size, rotary embedding and query heads are derived from it.
     if not _has(config, HEADS_KEY):
         setattr(config, HEADS_KEY, before)
     for i, count in counts.items():
         if count != before:
             overrides[i][HEADS_KEY] = count
+
+
+def _widened(config: PreTrainedConfig, sample: Attention, least: int) -> int:
+    """Write a global count of heads from which the widest layer can be cut, and return the key-value heads of it."""
+    ratio = sample.heads // sample.kv_heads
+    # Some families want the hidden size to be a multiple of the number of heads; a few heads more are cut on loading.
+    for count in range(least, max(least, config.hidden_size // ratio) + 1):
+        if _global_heads(config, count * ratio, count, sample.head_dim):
+            return count
+    raise ArchitectureError(
+        f"the configuration of {config.model_type} cannot express {least * ratio} heads of size {sample.head_dim}, so"
+        " its blocks cannot be fused; use another depth method"
+    )
 
 
 def _global_heads(config: PreTrainedConfig, heads: int, kv_heads: int, head_dim: int) -> bool:
@@ -242,6 +301,42 @@ def _write_skips(config: PreTrainedConfig, tower: Tower, after: list[Block], ove
         overrides[i] |= {key: 0 for one in skip for key in guards[one] if _has(config, key)}
         if "attention" in skip and HEADS_KEY not in overrides[i]:
             overrides[i] |= {key: 1.0 for key in DROPOUT_KEYS if _has(config, key)}
+
+
+def _check_sharing(after: Sequence[Block]) -> None:
+    parts = {block.index: block for block in after}
+    used = {block.shared.source for block in after if block.shared is not None and block.shared.source != block.index}
+    for block in after:
+        if block.shared is None:
+            continue
+        source, where = parts.get(block.shared.source), f"layer {block.index}"
+        if source is None or source.index > block.index:
+            raise BudgetError(
+                f"{where} cannot share the weights of layer {block.shared.source}; name an earlier layer that stays"
+            )
+        if source is not block and source.shared is not None and source.shared.source != source.index:
+            raise BudgetError(
+                f"{where} cannot share the weights of layer {source.index}, which uses those of layer"
+                f" {source.shared.source}; name that one"
+            )
+        if source is block and (not block.shared.rank or block.index not in used):
+            raise BudgetError(f"{where} would share its weights with no other layer; leave it out of the step")
+
+
+def _write_sharing(config: PreTrainedConfig, after: list[Block], overrides: list[dict[str, Any]]) -> None:
+    numbers = {block.index: i for i, block in enumerate(after)}
+    shared = {i: block.shared for i, block in enumerate(after) if block.shared is not None}
+    for key, usual in SHARING.items():
+        if shared:
+            # What some layers have, transformers wants to find globally, too.
+            setattr(config, key, usual)
+        else:
+            vars(config).pop(key, None)
+    for i, found in shared.items():
+        overrides[i] |= {WITH_KEY: numbers[found.source], RANK_KEY: found.rank, NORMS_KEY: found.norms}
+        part = after[i].mlp or after[i].experts
+        if numbers[found.source] != i and part is not None:
+            overrides[i][part.width_key] = 0
 
 
 def _remap(top: PreTrainedConfig, config: PreTrainedConfig, kept: list[int], count: int, tower: Tower) -> None:

@@ -8,14 +8,18 @@ from typing import TypeVar
 
 from paredown.core.anatomy import Attention, Block, Experts
 from paredown.core.edits import (
+    ChangeWeights,
     DropBlock,
     DropSublayer,
     Edit,
+    FuseBlocks,
     KeepExpertNeurons,
     KeepExperts,
     KeepHeads,
     KeepNeurons,
+    ShareBlock,
 )
+from paredown.core.roles import Shared
 from paredown.errors import ArchitectureError, BudgetError
 
 _Part = TypeVar("_Part")
@@ -40,6 +44,12 @@ def _one(part: Block, edit: Edit) -> Block:
     where = f"layer {part.index}"
     if isinstance(edit, DropBlock):
         raise BudgetError(f"{where}: a whole block can only be removed from a model, not from itself; use apply_model")
+    if isinstance(edit, FuseBlocks):
+        raise BudgetError(f"{where}: a block can only be fused with the others of its model; use apply_model")
+    if isinstance(edit, ChangeWeights):
+        return part
+    if isinstance(edit, ShareBlock):
+        return replace(part, shared=Shared(edit.source, edit.rank, edit.norms))
     if isinstance(edit, DropSublayer):
         return _without(part, edit, where)
     if isinstance(edit, KeepHeads):
@@ -51,6 +61,88 @@ def _one(part: Block, edit: Edit) -> Block:
     experts = _has(part.experts, "experts", where)
     changed = _experts(experts, edit, where) if isinstance(edit, KeepExperts) else _neurons(experts, edit, where)
     return replace(part, experts=changed)
+
+
+def runs(edits: Sequence[Edit], count: int) -> dict[int, range]:
+    """Return the runs that edits fuse in a model of ``count`` blocks, by their first block.
+
+    Raises
+    ------
+    BudgetError
+        If runs overlap or leave the model, or another edit is meant for one of their blocks.
+    """
+    found = {edit.layer: range(edit.layer, edit.layer + edit.count) for edit in edits if isinstance(edit, FuseBlocks)}
+    taken = [edit.layer for edit in edits if not isinstance(edit, FuseBlocks)]
+    taken += [layer for run in found.values() for layer in run]
+    for run in found.values():
+        if run.stop > count:
+            raise BudgetError(f"layers {run.start} to {run.stop - 1} cannot be fused, the model ends at {count - 1}")
+        twice = next((layer for layer in run if taken.count(layer) > 1), None)
+        if twice is not None:
+            raise BudgetError(f"layer {twice} would be fused and edited otherwise, too; make it two steps")
+    return found
+
+
+def fused(parts: Sequence[Block]) -> Block:
+    """Return the anatomy of blocks that run side by side as one wide block; it has the index of the first.
+
+    Raises
+    ------
+    ArchitectureError
+        If the family's blocks cannot be fused, or these differ in more than their widths.
+    """
+    for part in parts:
+        why = hindrance(part)
+        if why is not None:
+            raise ArchitectureError(f"layer {part.index} cannot be fused with others: {why}; use another depth method")
+    first = parts[0]
+    attentions = [part.attention for part in parts if part.attention is not None]
+    mlps = [part.mlp for part in parts if part.mlp is not None]
+    odd = next((part for part in parts if not alike(first, part)), None)
+    if odd is not None:
+        raise ArchitectureError(
+            f"layers {first.index} and {odd.index} cannot be fused: their heads are of other sizes or see other "
+            "tokens, or one MLP has a gate and the other has none; choose another run"
+        )
+    attention = replace(
+        attentions[0], heads=sum(one.heads for one in attentions), kv_heads=sum(one.kv_heads for one in attentions)
+    )
+    return replace(first, attention=attention, mlp=replace(mlps[0], width=sum(mlp.width for mlp in mlps)))
+
+
+def alike(one: Block, other: Block) -> bool:
+    """Whether two blocks are of one kind, so that one wide block could do what both do."""
+    return _kind(one) == _kind(other)
+
+
+def _kind(part: Block) -> tuple[object, ...]:
+    attention, mlp = part.attention, part.mlp
+    heads = None if attention is None else (attention.head_dim, attention.heads // attention.kv_heads, attention.sees)
+    return heads, None if mlp is None else mlp.gate
+
+
+def hindrance(part: Block) -> str | None:
+    """Return why a block cannot be laid beside others and fused with them; None if nothing in its anatomy forbids it.
+
+    Fusing folds each norm's gain into the projections that read it, so the norm must come before them and nothing
+    may come between a projection and the sum over heads or neurons.
+    """
+    attention, mlp = part.attention, part.mlp
+    if part.experts is not None:
+        return "its router reads the stream, and experts of several layers have no common router"
+    if attention is None or mlp is None:
+        return "it lacks its attention or its MLP"
+    if part.residual != "pre":
+        return "its attention and its MLP do not follow each other with a norm before each"
+    if len(attention.norms) != 1 or len(mlp.norms) != 1 or attention.contribution != attention.path:
+        return "it has norms behind its sub-layers, which belong to one layer each"
+    if attention.layout != "separate":
+        return "its queries, keys and values come out of one common projection"
+    if attention.head_norms:
+        return "its queries and keys are normalised with gains of its own"
+    if part.shared is not None:
+        return "it shares weights with other layers"
+    return None
 
 
 def _has(part: _Part | None, role: str, where: str) -> _Part:

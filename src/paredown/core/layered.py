@@ -17,8 +17,20 @@ from transformers.integrations.heterogeneity import HeterogeneousConfigMixin
 
 from paredown.core import anatomy
 from paredown.core.anatomy import Block
-from paredown.core.configs import DROPOUT_KEYS, HEADS_KEY, SHARED_KEY, WIDTHS_KEY, is_uniform, overrides_of
+from paredown.core.configs import (
+    DROPOUT_KEYS,
+    HEADS_KEY,
+    NORMS_KEY,
+    RANK_KEY,
+    SHARED_KEY,
+    SHARING,
+    WIDTHS_KEY,
+    WITH_KEY,
+    is_uniform,
+    overrides_of,
+)
 from paredown.core.edits import DropSublayer, Edit, KeepExpertNeurons, KeepExperts, KeepHeads, KeepNeurons
+from paredown.core.roles import Shared
 from paredown.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -68,6 +80,7 @@ def layered(config: PreTrainedConfig | None = None) -> Iterator[None]:
 
 def conform(model: PreTrainedModel, overrides: dict[int, dict[str, Any]]) -> None:
     """Cut the blocks of a freshly built model (its own, not those of towers within it) to their layers' overrides."""
+    from paredown.core import sharing
     from paredown.core.surgery import apply
 
     for path, blocks in anatomy.stacks(model):
@@ -76,11 +89,39 @@ def conform(model: PreTrainedModel, overrides: dict[int, dict[str, Any]]) -> Non
         for i, module in enumerate(blocks):
             if i in overrides:
                 part = anatomy.block(module, model.config, index=i, path=f"{path}.{i}", model=model)
-                edits = _edits(part, overrides[i], i)
+                own = _own(overrides, i, len(blocks))
+                edits = _edits(part, own, i)
                 part = apply(module, part, edits)
-                widths = overrides[i].get(WIDTHS_KEY)
+                widths = own.get(WIDTHS_KEY)
                 if widths is not None and part.experts is not None and part.experts.widths is None:
                     _make_ragged(module, part, widths)
+        shared = {i: _shared(found, i) for i, found in overrides.items() if found.get(WITH_KEY) is not None}
+        if shared:
+            sharing.tie(model, path, shared)
+
+
+def _own(overrides: dict[int, dict[str, Any]], layer: int, count: int) -> dict[str, Any]:
+    """Return a layer's overrides without what they say of sharing; a width of 0 is that of the block it shares with."""
+    mine = {key: value for key, value in overrides[layer].items() if key not in SHARING}
+    source = overrides[layer].get(WITH_KEY)
+    if source is None or source == layer:
+        return mine
+    theirs = overrides.get(source, {}) if isinstance(source, int) else {}
+    if not isinstance(source, int) or not 0 <= source < min(layer, count) or theirs.get(WITH_KEY, source) != source:
+        raise CheckpointError(
+            f"per_layer_config of layer {layer} shares the weights of layer {source}, which must be an earlier one that"
+            " holds its own; mend config.json"
+        )
+    dead = {key for key, value in mine.items() if value == 0}
+    living = {key: value for key, value in mine.items() if key not in dead}
+    return living | {key: value for key, value in theirs.items() if key in dead}
+
+
+def _shared(override: dict[str, Any], layer: int) -> Shared:
+    rank, norms = override.get(RANK_KEY, 0), override.get(NORMS_KEY, True)
+    if not isinstance(rank, int) or rank < 0:
+        raise CheckpointError(f"per_layer_config of layer {layer} sets {RANK_KEY} to {rank}; mend config.json")
+    return Shared(override[WITH_KEY], rank, bool(norms))
 
 
 def _owner_config(model: nn.Module, path: str) -> Any:

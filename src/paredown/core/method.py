@@ -119,12 +119,14 @@ class Compressor(Method):
     disk. ``scope`` says whether a layer's decision needs that layer's scores alone; ``propagate`` says whether later
     layers are observed behind the dense or behind the already compressed earlier ones. Where all layers are decided
     together and later ones shall be observed behind compressed ones, each is looked at twice: densely for
-    :meth:`decide`, and again before it is cut; what is scored then has the prefix `AGAIN`.
+    :meth:`decide`, and again before it is cut; what is scored then has the prefix `AGAIN`. ``ranked`` names the score,
+    one number a unit, of which :meth:`decide` keeps the largest; None where it is not as simple as that.
     """
 
     kind: ClassVar[Kind] = "compressor"
     scope: ClassVar[Literal["layer", "global", "model"]] = "layer"
     propagate: ClassVar[Literal["dense", "edited"]] = "dense"
+    ranked: ClassVar[str | None] = None
 
     keep: float = Field(0.5, gt=0, le=1, description="Share of the units that stay; 1 changes nothing.")
 
@@ -210,6 +212,11 @@ class WholeModelCompressor(Compressor):
         """Whether the method would change nothing."""
         return self.keep == 1 and not self.trains_always
 
+    @property
+    def sizes_vary(self) -> bool:
+        """Whether equal budgets may lead to unequal sizes: what goes depends on the data, and units differ in size."""
+        return False
+
     def applies(self, part: Block) -> bool:
         """Whether the block has what this method acts on; by default every block has."""
         return True
@@ -232,7 +239,7 @@ class WholeModelCompressor(Compressor):
         raise NotImplementedError
 
     def passes(self, blocks: Sequence[Block]) -> float:
-        """Return about how many passes over the calibration data it takes; a step of training counts three."""
+        """Return about how many passes over 64 calibration rows it takes; a row that is trained on counts thrice."""
         return 1.0
 
     def compress(
@@ -343,6 +350,11 @@ class Probe(Method):
     """A method that looks and changes nothing: it ends in a table, not in a smaller model."""
 
     kind: ClassVar[Kind] = "probe"
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether :meth:`measure` needs calibration data, with these fields."""
+        return "calibration-data" in self.needs
 
     def measure(self, model: Model, data: Batch | None, *, seed: int = 0) -> list[dict[str, Any]]:
         """Look at ``model`` and return a table: one dictionary a row, the same keys in each, ready for JSON.

@@ -15,7 +15,9 @@ class Attention:
     ``layout`` is ``separate`` (q, k, v projections), ``fused`` (one qkv projection) or ``mla`` (latent attention).
     ``fused_order`` says how the rows of a fused projection are laid out: ``interleaved`` ``[heads, 3, head_dim]`` or
     ``stacked`` ``[3, heads, head_dim]``; None where that is not known. ``joint_norms`` is true where queries and keys
-    are normalised over all heads together (OLMoE), which makes heads depend on each other.
+    are normalised over all heads together (OLMoE), which makes heads depend on each other; ``head_norms`` where they
+    are normalised at all. ``sees`` tells what a layer sees other than layers of its family need to: its window, whether
+    it knows positions.
     """
 
     path: str
@@ -32,6 +34,8 @@ class Attention:
     contribution: str
     fused_order: Literal["interleaved", "stacked"] | None = None
     joint_norms: bool = False
+    head_norms: bool = False
+    sees: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,25 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Weights that several blocks use. ``source`` is the block that holds them; that may be the block itself.
+
+    ``rank`` is that of the low-rank delta which each linear layer of the block adds to them (0: none); ``norms`` says
+    whether norms and biases are the block's own.
+    """
+
+    source: int
+    rank: int = 0
+    norms: bool = True
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer block. ``mlp`` and ``experts`` exclude each other; a dropped sub-layer is None.
 
     ``residual`` is ``pre`` (norm, sub-layer, add; one after the other), ``parallel`` (both read the same stream) or
-    ``post`` (the norm comes after the addition, as in BERT).
+    ``post`` (the norm comes after the addition, as in BERT). ``shared`` is None where the block has all its weights for
+    itself, or only lends them.
     """
 
     index: int
@@ -97,6 +115,7 @@ class Block:
     attention: Attention | None
     mlp: Mlp | None
     experts: Experts | None
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from paredown.core.anatomy import Attention, Block, Tower
-from paredown.core.checkpoint import Model, Skeleton
+from paredown.core.checkpoint import Model, Skeleton, below
 from paredown.core.method import View
 from paredown.core.statistics import Observer, observing
 
@@ -83,8 +84,9 @@ class OnDisk:
         """Read what lies around the blocks; the larger of embedding and head stays on disk if it is not needed."""
         tower = self.model.anatomy.language
         left_out = [block.path for block in tower.blocks]
-        tied = bool(getattr(self.model.hf, "all_tied_weights_keys", None))
-        if not tied:
+        ends = tuple(p for p in (tower.embedding, tower.head) if p)
+        ties = getattr(self.model.hf, "all_tied_weights_keys", None) or {}
+        if not any(below(name, ends) for name in ties):
             left_out += [p for p in (tower.embedding if head else tower.head,) if p]
         self.skeleton.fill(("",), without=tuple(left_out), device=self.device)
         try:
@@ -137,7 +139,7 @@ class Stream:
         ``embeddings`` takes the place of the model's own embedding: ids ``[B, T]`` to hidden states ``[B, T, H]``.
         """
         for ids, mask in zip(self.ids, self.masks, strict=True):
-            hidden, calls = _catch(source, ids, mask, None if embeddings is None else embeddings(ids))
+            hidden, calls = catch(source, ids, mask, None if embeddings is None else embeddings(ids))
             self.hidden.append(hidden)
             self.calls.append(calls)
 
@@ -182,7 +184,7 @@ class Stream:
         """Yield logits ``[rows, T, V]``, ``rows`` sequences at a time. Needs the source's ends (with head) open."""
         for start in range(0, sum(map(len, self.hidden)), rows):
             mask = _rows(self.masks, start, rows) if self.masks[0] is not None else None
-            yield _finish(source, _rows(self.hidden, start, rows), mask)
+            yield finish(source, _rows(self.hidden, start, rows), mask)
 
     def forget(self) -> None:
         """Let go of the hidden states: nobody will ask for them again."""
@@ -318,7 +320,10 @@ def _shimmed(hf: PreTrainedModel, tower: Tower, put: Tensor | None = None) -> It
             layers[i] = block
 
 
-def _catch(source: Source, ids: Tensor, mask: Tensor | None, embedded: Tensor | None) -> tuple[Tensor, list[Call]]:
+def catch(
+    source: Source, ids: Tensor, mask: Tensor | None, embedded: Tensor | None = None
+) -> tuple[Tensor, list[Call]]:
+    """Return what enters the first block, and what each block is handed beside it. Needs the source's ends open."""
     tower = source.model.anatomy.language
     decoder = source.model.hf.get_submodule(tower.decoder)
     with _shimmed(source.model.hf, tower) as shims:
@@ -331,16 +336,39 @@ def _catch(source: Source, ids: Tensor, mask: Tensor | None, embedded: Tensor | 
         return first[0], [shim.seen[1] for shim in shims if shim.seen is not None]
 
 
-def _finish(source: Source, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Run what follows the blocks, by letting the model run with every block giving back ``hidden``."""
+def finish(source: Source, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Run what follows the blocks, by letting the model run with every block giving back ``hidden``.
+
+    Hidden states of a higher precision than the weights are computed with in theirs. Needs the source's ends open,
+    with the head.
+    """
     hf, tower = source.model.hf, source.model.anatomy.language
     with _shimmed(hf, tower, put=hidden):
         arguments: dict[str, Any] = {"inputs_embeds": hidden}
         if mask is not None:
             arguments["attention_mask"] = mask.to(source.device)
-        logits = hf(**arguments, **_no_cache(hf)).logits
-    assert isinstance(logits, Tensor)
-    return logits
+        arguments |= _no_cache(hf)
+        raised = {} if hidden.dtype == hf.dtype else _raised(hf, tower, hidden.dtype)
+        output: Any = functional_call(hf, raised, (), arguments) if raised else hf(**arguments)
+    assert isinstance(output.logits, Tensor)
+    return output.logits
+
+
+def _raised(hf: PreTrainedModel, tower: Tower, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the weights that follow the blocks in another precision: final norm, head, and what stands by them."""
+    heads = tuple(path for path in (tower.head, tower.final_norm) if path)
+    beside = f"{tower.decoder}." if tower.decoder else ""
+    found = {}
+    for name, parameter in hf.named_parameters():
+        owner = name.rpartition(".")[0]
+        after = owner in heads or (name.startswith(beside) and owner != tower.embedding)
+        if after and parameter.is_floating_point() and not parameter.is_meta:
+            found[name] = parameter.to(dtype)
+    tied = getattr(hf, "all_tied_weights_keys", None) or {}
+    for target, origin in tied.items():
+        if target.rpartition(".")[0] in heads and not hf.get_parameter(origin).is_meta:
+            found[origin] = hf.get_parameter(origin).to(dtype)
+    return found
 
 
 def _no_cache(module: nn.Module) -> dict[str, bool]:

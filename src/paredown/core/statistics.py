@@ -214,6 +214,7 @@ class ExpertTraffic(Observer):
             token = chosen // index.shape[1]
             gate_up = _linear(hidden[token], module.gate_up_proj[expert])
             inner = _gated(module, gate_up)
+            self.each(expert, hidden[token], inner, None if self.valid is None else hits.reshape(-1)[chosen] > 0)
             weight = weights.reshape(-1)[chosen].unsqueeze(-1)
             if self.response:
                 act = module.act_fn(gate_up.chunk(2, dim=-1)[0])
@@ -232,6 +233,16 @@ class ExpertTraffic(Observer):
             self.add("energy", energy)
             self.raise_to("peak", peak)
         return out
+
+    def each(self, expert: int, entering: Tensor, inner: Tensor, real: Tensor | None) -> None:
+        """Look at the tokens of one expert in one batch; for subclasses that measure more.
+
+        Parameters
+        ----------
+        entering : ``[n, H]``, what the expert is given
+        inner : ``[n, I]``, what its down projection is given, before the routing weight
+        real : ``[n]``, False for padding; None when all are real
+        """
 
     def _attach_shared(self, view: View, part: Experts, shared: Mlp) -> list[Any]:
         pending: list[Tensor] = []

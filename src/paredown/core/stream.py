@@ -142,11 +142,17 @@ class Stream:
             self.sizes = torch.cat([self.sizes, self.sizes.new_ones(rows.shape)], dim=1)
         self._foreign, self.ordered = True, False
 
-    def around(self, mask: Tensor) -> None:
-        """Lead the rows whose ``mask`` ``[B, n]`` is true around the next block; call it before that block runs."""
+    def around(self, mask: Tensor) -> Tensor:
+        """Lead the rows whose ``mask`` ``[B, n]`` is true around the next block; call it before that block runs.
+
+        Returns
+        -------
+        ``[B, m]``, which rows enter the block, -1 for fillers; where none does, the block runs on no rows at all.
+        """
         stay = packed(~mask & (self.positions() >= 0))
         self._aside = (self.hidden, self.rows, self._ids, self.sizes, self.ordered, stay)
         self.select(stay)
+        return stay
 
     def renumber(self, ids: Tensor) -> None:
         """Give the rows other position ids than their own (``[B, n]`` or ``[3, B, n]``); logical positions stay.

@@ -13,19 +13,20 @@ import torch
 from torch import nn
 
 from paredown.core import anatomy as anatomies
+from paredown.core import fusion, sharing
 from paredown.core.anatomy import Anatomy, Attention, Block, Experts, Mlp, Tower, resolve
-from paredown.core.configs import TowerName, by_layer, is_uniform, loads_in, new_config, tower_of
+from paredown.core.configs import TowerName, by_layer, is_uniform, loads_in, new_config, removed_blocks, tower_of
 from paredown.core.dropped import DroppedMlp, stand_in
 from paredown.core.edits import (
-    DropBlock,
     DropSublayer,
     Edit,
     KeepExpertNeurons,
     KeepExperts,
     KeepHeads,
     KeepNeurons,
+    ShareBlock,
 )
-from paredown.core.effects import edited
+from paredown.core.effects import edited, runs
 from paredown.core.layered import layered
 from paredown.core.ragged import RaggedExperts
 
@@ -70,10 +71,19 @@ def apply_model(
     new_config(hf.config, anatomy, edits, tower=tower)  # raises before anything is touched
     which = tower_of(anatomy, tower)
     per_layer = by_layer(which, edits)
-    gone = {edit.layer for edit in edits if isinstance(edit, DropBlock)}
+    joined, gone = runs(edits, len(which.blocks)), removed_blocks(edits)
+    together = [[which.blocks[i] for i in run] for run in joined.values()]
+    for parts in together:
+        fusion.check([resolve(hf, part.path) for part in parts], parts)
+    for edit in edits:
+        if isinstance(edit, ShareBlock):
+            source, block = (resolve(hf, which.blocks[i].path) for i in (edit.source, edit.layer))
+            sharing.check_alike(source, block, edit.source, edit.layer)
     for part in which.blocks:
-        if part.index not in gone and part.index in per_layer:
+        if part.index not in gone and part.index not in joined and part.index in per_layer:
             apply(resolve(hf, part.path), part, per_layer[part.index])
+    for parts in together:
+        fusion.fuse([resolve(hf, part.path) for part in parts], parts)
     return settle(hf, anatomy, edits, tower=tower)
 
 
@@ -83,9 +93,12 @@ def settle(hf: PreTrainedModel, anatomy: Anatomy, edits: Sequence[Edit], *, towe
     ``anatomy`` is the model's before the edits; its anatomy afterwards is returned.
     """
     config = new_config(hf.config, anatomy, edits, tower=tower)
-    gone = {edit.layer for edit in edits if isinstance(edit, DropBlock)}
+    gone = removed_blocks(edits)
     if gone:
         _remove_blocks(hf, tower_of(anatomy, tower), gone)
+    which = tower_of(anatomy, tower)
+    if shared := sharing.of(edits, sharing.stays(edits, len(which.blocks))):
+        sharing.tie(hf, which.layers, shared)
     _replace_config(hf, config)
     return anatomies.find(hf)
 

@@ -118,6 +118,10 @@ class Task(Generic[Row]):
     def project(self) -> None:
         """Bring the parameters back to where they may be, after each step; called without gradients."""
 
+    def about(self) -> dict[str, Any]:
+        """Return what else two runs must share for one to go on where the other stopped, ready for JSON."""
+        return {}
+
 
 def fit(
     task: Task[Row],
@@ -357,7 +361,7 @@ def _about(task: Task[Any], rows: Sequence[Any], settings: Settings) -> dict[str
     """Return what two runs must share for one to go on where the other stopped."""
     told = {name: value for name, value in asdict(settings).items() if name not in ("schedule", "save_every")}
     shapes = {name: list(tensor.shape) for name, tensor in task.learned.state_dict().items()}
-    about: dict[str, Any] = json.loads(json.dumps({**told, "rows": len(rows), "parameters": shapes}))
+    about: dict[str, Any] = json.loads(json.dumps({**told, "rows": len(rows), "parameters": shapes} | task.about()))
     return about
 
 

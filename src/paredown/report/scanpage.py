@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from paredown.report import figures, scandraw, scanned, words
+from paredown.report import figures, scandepth, scandraw, scanned, words
 from paredown.report.html import datum, environment
 from paredown.workflow.scanned import LayerRow, ScanRecord, ScanView
 
@@ -173,6 +173,13 @@ def _stream(view: ScanView) -> dict[str, Any]:
     )
 
 
+def _drawn(view: ScanView, draw: Callable[[ScanView], scandepth.Drawn]) -> dict[str, Any]:
+    found = draw(view)
+    return _figure(
+        found.caption, view.rows, found.draw, found.told, axis=found.axis, count=found.count, ticks=found.ticks
+    )
+
+
 def _neurons(view: ScanView) -> dict[str, Any]:
     keys = ("half", "most", "nearly_all")
     several = len(scanned.kinds(view)) > 1
@@ -284,6 +291,10 @@ _FIGURES: dict[str, Callable[[ScanView], dict[str, Any] | None]] = {
     "expert-use": _use,
     "expert-similarity": _alike,
     "stream-similarity": _stream,
+    "contribution": lambda view: _drawn(view, scandepth.contribution),
+    "skip-effect": lambda view: _drawn(view, scandepth.skip_effect),
+    "linear-term": lambda view: _drawn(view, scandepth.linear_term),
+    "lens": lambda view: _drawn(view, scandepth.lens),
     "neuron-energy": _neurons,
     "head-importance": _heads,
     "spectrum": _spectrum,

@@ -39,6 +39,8 @@ PROBE_BYTES = 16 << 20
 _COPIES_ON_FUSING = 0.67
 """Stacking experts and joining gate and up hold this share of the block a second time while it is read."""
 _TIMES = 3
+_USUAL_ROWS = 64
+"""In which `WholeModelCompressor.passes` counts."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Forecast:
     peak_memory_bytes: int
     seconds: float
     notes: list[str]
+    look_seconds: float = 0.0
+    """Of ``seconds``: one pass of the calibration data through all blocks and the head."""
 
 
 def rehearse(skeleton: Skeleton, method: Compressor, recipe: Recipe, edits: Sequence[Edit] = ()) -> Forecast:
@@ -92,10 +96,11 @@ def _whole(skeleton: Skeleton, method: WholeModelCompressor, recipe: Recipe) -> 
     held = sum(info.nbytes for info in skeleton.tensors.values())
     copies = 1 + (4 if "training" in method.needs else 0)
     notes = [
-        f"{method.name} works on the whole model in memory, with about {passes:,.0f} passes over the calibration data; "
-        "peak memory and time are rough."
+        f"{method.name} works on the whole model in memory, with about {passes:,.0f} passes over {_USUAL_ROWS} "
+        "calibration rows; peak memory and time are rough."
     ]
-    return Forecast(one.peak_memory_bytes + copies * held, one.seconds * max(1.0, passes), [*one.notes, *notes])
+    seconds = one.seconds + passes * one.look_seconds * _USUAL_ROWS / max(1, recipe.data.sequences)
+    return Forecast(one.peak_memory_bytes + copies * held, seconds, [*one.notes, *notes])
 
 
 @dataclass
@@ -188,7 +193,8 @@ class _Rehearsal:
             seconds += opening * (2 if looks_twice else 1) + naming + disk.settle * (6 if looks_twice else 4)
             seconds += hidden * disk.write * (held + (2 * self.heldout_rows if looks_twice else 0))
             looks = 2 if looks_twice and remembered else 1
-            seconds += calibrating * (looks * cost.observe + cost.replay) + watching * (cost.dense + cost.after) + cost.cut
+            seconds += calibrating * (looks * cost.observe + cost.replay)
+            seconds += watching * (cost.dense + cost.after) + cost.cut
         after = sum(costs[b.index].bytes_after for b in self.tower.blocks)
         ends = sum(t.numel() * t.element_size() for t in self._ends())
         # What lies around the blocks is opened to embed, to judge, and in three parts to be written.
@@ -200,7 +206,8 @@ class _Rehearsal:
         running = max(c.transient for c in costs.values())
         streams = hidden * (held + remembered * self.calibration_rows)
         peak = base + max(streams + max(reading, running), 2 * hidden * self.heldout_rows + head_bytes)
-        return Forecast(peak, seconds, self.notes)
+        look = calibrating * sum(costs[b.index].dense for b in self.tower.blocks) + self.calibration_rows * head_seconds
+        return Forecast(peak, seconds, self.notes, look)
 
     def _blocks(self) -> dict[int, _Cost]:
         """Rehearse one block of each kind."""

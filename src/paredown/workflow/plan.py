@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paredown.core import checkpoint, policy_file, surgery
+from paredown.core import checkpoint, configs, policy_file, surgery
 from paredown.core.anatomy import Anatomy, Block
 from paredown.core.attach import check_together
 from paredown.core.checkpoint import Model, Skeleton
+from paredown.core.configs import check_unshared
 from paredown.core.edits import DropBlock, Edit
 from paredown.core.effects import edited
 from paredown.core.method import Compressor, Policy, Progress, WholeModelCompressor
@@ -185,7 +186,8 @@ def _sizes(method: Compressor, model: Model) -> _Sized:
         )
     if isinstance(method, WholeModelCompressor):
         edits = [] if method.inert else method.foretell(model.anatomy.language.blocks)
-        return _Sized(edits, *_certainty(edits, model))
+        return _Sized(edits, *_certainty(edits, model, method.sizes_vary))
+    check_unshared(blocks, method.name)
     sizes = _block_sizes(model)
     trials = []
     for trial in range(_TRIALS):
@@ -218,18 +220,18 @@ def _open_choice(edits: Sequence[Edit]) -> list[str]:
     if all(edit.op == "change_weights" for edit in edits):
         return []
     if all(edit.op == "keep_experts" for edit in edits):
-        return ["how many experts a layer keeps depends on the data; the numbers shown stand for others of the same sum."]
+        return ["how many experts a layer keeps depends on the data; those shown stand for others of the same sum."]
     return ["which layers go depends on the data; those shown stand for as many others."]
 
 
-def _certainty(edits: Sequence[Edit], model: Model) -> tuple[bool, list[str]]:
+def _certainty(edits: Sequence[Edit], model: Model, vary: bool) -> tuple[bool, list[str]]:
     """Tell whether edits lead to the same size whichever layers they fall on."""
-    alike = len({tuple(sorted(sizes.items())) for sizes in _block_sizes(model).values()}) == 1
-    if not edits:
+    alike = not vary and len({tuple(sorted(sizes.items())) for sizes in _block_sizes(model).values()}) == 1
+    if all(edit.op == "change_weights" for edit in edits):
         return True, []
     if alike:
         return True, ["which layers change depends on the data; those shown stand for as many others."]
-    return False, ["layers are of unlike sizes and which change depends on the data: sizes are those of one choice."]
+    return False, ["what changes depends on the data, and not all of it is of one size: sizes are those of one choice."]
 
 
 def _placeholders(method: Compressor, blocks: Sequence[Block], trial: int) -> Mapping[int, dict[str, Tensor]]:
@@ -291,7 +293,7 @@ def _bytes(found: Mapping[str, Tensor]) -> int:
 
 def changes(method: Compressor, edits: Sequence[Edit], anatomy: Anatomy) -> list[dict[str, Any]]:
     """Describe what became of each layer that the method looked at, untouched ones included."""
-    touched = {edit.layer for edit in edits}
+    touched = {edit.layer for edit in edits} | configs.removed_blocks(edits)
     described = [{"layer": e.layer, **_describe(e, anatomy.language.blocks[e.layer])} for e in edits]
     for block in anatomy.language.blocks:
         if method.applies(block) and block.index not in touched:
@@ -347,5 +349,8 @@ def _describe(edit: Edit, block: Block) -> dict[str, Any]:
         # Shapes stay: the report must not count this among what was removed.
         return {"unit": edit.unit, "before": edit.before, "after": edit.after, "kept": None,
                 "detail": {**edit.detail, "in_place": True}}  # fmt: skip
+    if edit.op == "fuse_blocks":
+        return {"unit": "sequential blocks", "before": edit.count, "after": 1, "kept": None,
+                "detail": {"layers": [edit.layer, edit.layer + edit.count - 1]}}  # fmt: skip
     unit = "blocks" if edit.op == "drop_block" else f"{edit.part} sub-layers"
     return {"unit": unit, "before": 1, "after": 0, "kept": [], "detail": {}}

@@ -73,7 +73,7 @@ def probe(
         raise UsageError(f"{name} is a {made.kind} and not a probe; `paredown methods` says what is.")
     model = checkpoint.load(ref, device=device, policies=False)
     batch = None
-    if "calibration-data" in made.needs:
+    if made.reads_data:
         texts = calibration.read(data, model_ref=str(ref), split="calibration")
         batch = calibration.for_model(model, texts, length=length, sequences=sequences, seed=seed, what="probe")
     rows = made.measure(model, batch, seed=seed)

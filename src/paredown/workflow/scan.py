@@ -1,5 +1,7 @@
 """A scan: one pass through the blocks, with every view looking at the block that is in memory.
 
+Views of depth also follow a few rows that walk along, and run each block again on other inputs while it is there.
+
 Blocks are read from disk one at a time, so a model larger than memory can be scanned; what stays between blocks is the
 hidden states of the calibration sequences. Without data the views of weights alone remain.
 """
@@ -20,7 +22,8 @@ from paredown.core.durable import write_json, write_text
 from paredown.core.method import Progress, View
 from paredown.core.resources import peak_memory, reset_peak_memory, timed
 from paredown.core.sequential import OnDisk, Stream, layer_config
-from paredown.errors import OutputError
+from paredown.core.walk import Walk
+from paredown.errors import ArchitectureError, OutputError
 from paredown.report import scanpage
 from paredown.workflow import measure
 from paredown.workflow.scanned import ScanRecord
@@ -28,6 +31,10 @@ from paredown.workflow.views import Measure, measures
 from paredown.workflow.views.base import tidy
 
 FILES = ("scan.json", "scan.html")
+WALK_ROWS, WALK_LENGTH = 4, 128
+"""Rows that walk through the blocks, at most, and their tokens."""
+WALK_SHARE = 0.25
+"""Passes of the scan's data that walking may cost; one row walks in any case."""
 
 
 def scan(
@@ -147,16 +154,51 @@ class _Scan:
         source = OnDisk(skeleton, device=self.device)
         tower = skeleton.model.anatomy.language
         stream = stream_of("scan", batch) if batch is not None else None
-        if stream is not None:
+        walk: Walk | None = None
+        walking = [view for view in views if view.walks]
+        if batch is not None and stream is not None:
+            for one in views:
+                one.start(batch)
             with self._timed("embed"), source.open_ends(head=False):
                 stream.start(source)
+                walk = self._walk(source, batch, walking)
         for part in tower.blocks:
             self._tell()
             with self._timed("read"):
                 view = source.open(part.index)
             self._look(view, tower, stream, views)
+            walk = self._step(walk, view, walking)
             source.close(part.index)
             self.done += 1
+        if walk is not None:
+            with self._timed("walk"), source.open_ends(head=True):
+                for one in walking:
+                    one.close(walk)
+
+    def _walk(self, source: OnDisk, batch: Batch, walking: list[Measure]) -> Walk:
+        """Let a few rows set out through the blocks."""
+        depth, length = len(source.model.anatomy.language.blocks), min(WALK_LENGTH, batch.input_ids.shape[1])
+        # Every block is run again for each block before it, in two ways, and differentiated three times.
+        rows = max(1, min(WALK_ROWS, len(batch), int(WALK_SHARE * batch.input_ids.numel() / (depth * length))))
+        passes = (depth + 3 * 4) * rows * length / batch.input_ids.numel()
+        told = f"All views of {rows} x {length} tokens together cost about {passes:.2g} passes of the scan's data."
+        for one in walking:
+            one.note(told)
+        mask = batch.attention_mask
+        return Walk(source, batch.input_ids[:rows, :length], None if mask is None else mask[:rows, :length])
+
+    def _step(self, walk: Walk | None, view: View, walking: list[Measure]) -> Walk | None:
+        """Walk one block further; a family that cannot be taken apart is told, and scanned without."""
+        if walk is None:
+            return None
+        try:
+            with self._timed("walk"), walk.step(view) as step:
+                for one in walking:
+                    one.follow(walk, step)
+        except ArchitectureError as error:
+            self.notes.append(f"Views of depth were left out: {error}")
+            return None
+        return walk
 
     def _look(self, view: View, tower: Tower, stream: Stream | None, views: list[Measure]) -> None:
         """Let data pass one block under the eyes of all views, then let each do its sums."""

@@ -26,12 +26,13 @@ from pydantic import Field
 from torch import Tensor
 
 from paredown.core.attention import Call, compute, probabilities, visible
-from paredown.core.cache import PolicyLayer, Store, gathered, packed, windows
+from paredown.core.cache import PolicyLayer, Store, gathered, packed
 from paredown.core.checkpoint import Model
 from paredown.core.method import Place, Policy, register
 from paredown.core.runtime import Pass, Runtime
+from paredown.core.stores.gapped import GappedStore, skippable
 from paredown.core.stream import Stream
-from paredown.errors import ArchitectureError, PolicyError
+from paredown.errors import PolicyError
 
 _MEMO = "lazyllm"
 _LEAST_SHARE = 0.1
@@ -123,7 +124,7 @@ class _Chosen:
     scores: Tensor | None = None
 
 
-class LazyStore(Store):
+class LazyStore(GappedStore):
     """Keys and values of the tokens that a layer has read, and its output for those that went behind it.
 
     Attributes
@@ -175,21 +176,9 @@ class LazyStore(Store):
         else:
             self.waiting = self.waiting_rows = self.waiting_ids = None
 
-    def settle(self, call: Call) -> None:
-        """Close the gaps that rows with fewer tokens leave, once they are many."""
-        positions = self.entries.positions
-        if positions is not None and positions.shape[0] > 1:
-            real = positions >= 0
-            if self.entries.length > 1.25 * int(real.sum(-1).max()) + 16:
-                self.entries.select(packed(real))
-
     def crop(self, stop: int) -> None:
         """Forget the tokens at logical positions ``stop`` and later."""
-        positions = self.entries.positions
-        if positions is None:
-            self.entries.narrow(0, min(stop, self.entries.length))
-        else:
-            self.entries.select(packed((positions >= 0) & (positions < stop)))
+        super().crop(stop)
         if self.waiting_rows is not None:
             self._stay((self.waiting_rows >= 0) & (self.waiting_rows < stop))
 
@@ -204,7 +193,7 @@ class _Lazy(Runtime):
         tower = model.anatomy.language
         self.layers = [part.index for part in tower.blocks]
         attends = [part.attention is not None for part in tower.blocks]
-        windows = _windows(model)
+        windows = skippable(model, "LazyLLM")
         self.rates = policy.rates if policy.rates is not None else _moved(schedule(policy.keep, len(attends)), attends)
         _check(self.rates, attends)
         self.judges: set[int] = set()
@@ -341,18 +330,6 @@ def _store_of(now: Pass, layer: int) -> LazyStore | None:
     held = now.cache.layers[layer] if now.cache is not None and layer < len(now.cache.layers) else None
     store = held.parts[0][1] if isinstance(held, PolicyLayer) else None
     return store if isinstance(store, LazyStore) else None
-
-
-def _windows(model: Model) -> list[int | None]:
-    """Return each layer's sliding window, and refuse layers that cannot skip tokens."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or getattr(config, "attention_chunk_size", None):
-        raise ArchitectureError(
-            f"LazyLLM lets tokens skip layers, and {type(model.hf).__name__} has layers of the kind "
-            f"{min(kinds, default='chunked_attention')!r} that cannot; use a policy that acts on the cache alone."
-        )
-    return windows(config, len(model.anatomy.language.blocks))
 
 
 def _moved(rates: Sequence[float], attends: Sequence[bool]) -> tuple[float, ...]:

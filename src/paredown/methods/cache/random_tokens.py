@@ -11,8 +11,9 @@ from torch import Tensor
 from paredown.core.attention import Call
 from paredown.core.cache import Store
 from paredown.core.checkpoint import Model
+from paredown.core.draws import mixed, salt
 from paredown.core.method import Place, Policy, register
-from paredown.core.runtime import Pass, Runtime
+from paredown.core.runtime import Runtime
 from paredown.core.stores.shares import ShareStore
 
 _ANSWER = 2**62
@@ -64,31 +65,14 @@ class _Drawn(ShareStore):
 
     def settle(self, call: Call) -> None:
         if self.salt is None and call.now is not None:
-            self.salt = _salt(call.now, self.seed, call.key.device)
+            self.salt = salt(call.now, self.seed, call.key.device)
         super().settle(call)
 
     def stays(self, call: Call, order: Tensor, prompt: Tensor, room: Tensor) -> Tensor:
         assert self.salt is not None
-        chance = torch.where(prompt, _mixed(order + self.salt[:, None]) >> 2, order + _ANSWER)
+        chance = torch.where(prompt, mixed(order + self.salt[:, None]) >> 2, order + _ANSWER)
         newest = order == order.amax(1, keepdim=True)
         chance = chance.masked_fill(newest, 2**63 - 1).masked_fill(order < 0, -(2**63))
         by = chance.argsort(dim=1, descending=True, stable=True)
         first = torch.arange(order.shape[1], device=order.device) < room
         return torch.zeros_like(prompt).scatter(1, by, first) & (order >= 0)
-
-
-def _salt(now: Pass, seed: int, device: torch.device) -> Tensor:
-    """Return a number ``[B]`` for the seed and the token ids of the pass, the same with padding and without."""
-    start = _mixed(torch.full((now.batch,), seed, dtype=torch.long, device=device))
-    if now.ids is None:
-        return start
-    real = torch.ones_like(now.ids, dtype=torch.bool) if now.padding is None else now.padding[:, now.past :]
-    words = _mixed(now.ids + (real.cumsum(1) << 32)) * real
-    return _mixed(start + words.sum(1).to(device))
-
-
-def _mixed(number: Tensor) -> Tensor:
-    """Return 64 well-mixed bits (a finaliser of splitmix64; shifts of int64 keep the sign, which does no harm)."""
-    number = (number + 0x1E3779B97F4A7C15) * 0x3F58476D1CE4E5B9
-    number = (number ^ (number >> 30)) * 0x14D049BB133111EB
-    return number ^ (number >> 31)

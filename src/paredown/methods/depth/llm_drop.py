@@ -9,8 +9,9 @@ For a candidate with the stream ``X`` before and ``Y`` after it, ``S = mean over
 - block: ``X`` enters the block, ``Y`` leaves it
 
 The candidates with the largest ``S`` go, in one shot; a norm goes with its sub-layer. ``joint`` puts attention and MLP
-into one list. Consecutive blocks: for every start ``i`` the window ``S(i) = mean cos(h_i, h_{i+n})``; the best window
-goes, and every start is looked at (the official search measures n + 1 layers and never considers the last start).
+into one list, ``each`` takes the same share of both kinds (ours). Consecutive blocks: for every start ``i`` the window
+``S(i) = mean cos(h_i, h_{i+n})``; the best window goes, and every start is looked at (the official search measures
+n + 1 layers and never considers the last start).
 
 Parallel residuals (Phi, GPT-NeoX): both sub-layers are compared on the stream they both read (ours). Ties: lower layer
 first, attention before MLP (ours). The iterative form, which the authors found no better, is a recipe with several
@@ -40,8 +41,9 @@ class _Sublayers(Compressor):
 
     scope = "global"
 
-    part: Literal["attention", "mlp", "joint"] = Field(
-        "attention", description="Which sub-layers may go: attention, mlp, or both from one list (joint)."
+    part: Literal["attention", "mlp", "joint", "each"] = Field(
+        "attention",
+        description="Which sub-layers may go: attention, mlp, both from one list (joint), or the same share of each.",
     )
 
     def applies(self, part: Block) -> bool:
@@ -54,19 +56,20 @@ class _Sublayers(Compressor):
 
     def decide(self, blocks: Sequence[Block], scores: Mapping[int, Scores]) -> list[Edit]:
         """Drop the sub-layers with the largest similarity, exactly as many as the budget says."""
+        chosen: list[tuple[int, Part]] = []
         # Attention comes before MLP in the list, so that ties fall as the docstring says.
-        listed = [
-            (block.index, kind) for kind in ("attention", "mlp") for block in blocks if kind in self._candidates(block)
-        ]
-        values = torch.stack([scores[layer][kind].double() for layer, kind in listed])
-        gone = budget.top(values, budget.removed(len(listed), self.keep))
-        return [DropSublayer(layer=layer, part=kind) for layer, kind in sorted(listed[i] for i in gone)]
+        for kinds in (("attention",), ("mlp",)) if self.part == "each" else (("attention", "mlp"),):
+            listed = [(block.index, kind) for kind in kinds for block in blocks if kind in self._candidates(block)]
+            if listed:
+                values = torch.stack([scores[layer][kind].double() for layer, kind in listed])
+                chosen += [listed[i] for i in budget.top(values, budget.removed(len(listed), self.keep))]
+        return [DropSublayer(layer=layer, part=kind) for layer, kind in sorted(chosen)]
 
     def _candidates(self, block: Block) -> list[Part]:
         found: list[Part] = []
-        if self.part in ("attention", "joint") and block.attention is not None:
+        if self.part in ("attention", "joint", "each") and block.attention is not None:
             found.append("attention")
-        if self.part in ("mlp", "joint") and (block.mlp is not None or block.experts is not None):
+        if self.part in ("mlp", "joint", "each") and (block.mlp is not None or block.experts is not None):
             found.append("mlp")
         return found
 

@@ -39,6 +39,8 @@ from paredown.core.statistics import ExpertTraffic, Observer
 class _MicroExperts(Compressor):
     """What the ranking and its random control share: the two forms of removing expert neurons."""
 
+    ranked = "score"
+
     form: Literal["uniform", "ragged"] = Field(
         "uniform", description="uniform: equal widths within a layer; ragged: one list over all experts of a layer."
     )

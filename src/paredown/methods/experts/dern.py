@@ -43,6 +43,7 @@ class DERN(Compressor):
     axis = "experts"
     unit = "experts"
     needs = ("calibration-data",)
+    ranked = "importance"
 
     alpha: float = Field(0.6, ge=-1, description="Least similarity at which a neuron is moved; above 1 nothing moves.")
     iterations: int = Field(30, ge=1, description="Most rounds of the clustering.")

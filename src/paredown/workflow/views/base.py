@@ -10,8 +10,10 @@ from torch import Tensor
 
 from paredown import registry
 from paredown.core.anatomy import Block
+from paredown.core.calibration import Batch
 from paredown.core.method import View
 from paredown.core.statistics import Observer
+from paredown.core.walk import Step, Walk
 from paredown.registry import Entry
 from paredown.workflow.scanned import Acting, Column, LayerRow, ScanView, Suggestion
 
@@ -31,6 +33,8 @@ class Measure(ABC):
         Whether the view has nothing to say without data passing the blocks.
     any_tower
         Whether it also looks at a vision tower, which no text passes.
+    walks
+        Whether it follows a few rows that walk through the blocks, each of which may be run again on other inputs.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Measure(ABC):
     columns: tuple[Column, ...]
     needs_data: bool = True
     any_tower: bool = False
+    walks: bool = False
 
     def __init__(self) -> None:
         self.rows: list[LayerRow] = []
@@ -58,6 +63,9 @@ class Measure(ABC):
         """Return what to measure while data pass the block."""
         return []
 
+    def start(self, data: Batch) -> None:  # noqa: B027 (most views have nothing to do)
+        """Get to know the data that will pass, before the first block."""
+
     @abstractmethod
     def look(self, view: View, seen: Seen | None) -> list[LayerRow]:
         """Turn measurements (None: no data passed) and weights of one block into rows."""
@@ -66,12 +74,19 @@ class Measure(ABC):
     def read(self) -> tuple[str, list[Suggestion]]:
         """Say in words what all rows together show, and which budgets they point at."""
 
+    def follow(self, walk: Walk, step: Step) -> None:  # noqa: B027
+        """Look at a block that a few rows walk through, for views with ``walks``."""
+
+    def close(self, walk: Walk) -> None:  # noqa: B027
+        """Look at the output, when the few rows have left the last block; norm and head are in memory."""
+
     def done(self) -> ScanView | None:
         """Return the finished view; None where no block had what it looks at."""
         if not self.rows:
             return None
         reading, suggests = self.read()
-        methods = [Acting(name=e.name, unit=e.unit) for e in registry.entries() if not e.control and self.acts(e)]
+        acting = [e for e in registry.entries() if not e.control and e.kind != "probe" and self.acts(e)]
+        methods = [Acting(name=e.name, unit=e.unit) for e in acting]
         return ScanView(
             name=self.name,
             title=self.title,

@@ -1,0 +1,150 @@
+"""Healing: a short training behind other steps, with the recipe's first model as a teacher if wanted.
+
+No paper of its own. Sajjad et al., LLM-Drop, ShortGPT, Relaxed Recursive Transformers and others all end in one; the
+frozen share is the sparse update of TrimLLM (2412.11242): blocks that the model does without most easily, judged by
+leaving out one sub-layer at a time, are not trained. Which rows are looked at for that is ours: the first few of those
+that are trained on, for nothing is decided here that training could profit from twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from paredown.core import bypass, healing
+from paredown.core.anatomy import Block
+from paredown.core.calibration import Batch
+from paredown.core.checkpoint import Model, below
+from paredown.core.edits import ChangeWeights, Edit
+from paredown.core.gates import gated, units
+from paredown.core.method import WholeModelCompressor, register
+from paredown.core.session import Session
+from paredown.core.teacher import Teacher
+from paredown.errors import DataError
+
+_USUAL_ROWS = 64
+_LOOKED_AT = 8
+
+
+@register
+class Healing(WholeModelCompressor):
+    """Trains the model for some steps on the calibration text, to recover what earlier steps cost; removes nothing.
+
+    The loss is the next-token loss, the divergence from the recipe's first model, the distance to its last hidden
+    states, or a weighted sum of these. All weights are trained, or some, or adapters that are then merged into them.
+    Weights are trained in fp32 and rounded to the model's dtype once, at the end. It takes text to learn from: a few
+    dozen rows are soon known by heart.
+    """
+
+    name = "healing"
+    title = "Healing: a short training after surgery"
+    axis = "training"
+    unit = "weights, trained"
+    needs = ("calibration-data", "training")
+    trains_always: ClassVar[bool] = True
+
+    keep: float = Field(1.0, ge=1, le=1, description="Always 1: this step takes nothing away.")
+    steps: int = Field(200, ge=1, description="Training steps.")
+    lr: float = Field(1e-4, gt=0, description="Learning rate of AdamW at the start; it falls to 0 in a line.")
+    batch: int = Field(4, ge=1, description="Rows in a step.")
+    lm: float = Field(1.0, ge=0, description="Weight of the next-token loss.")
+    distil: float = Field(0.0, ge=0, description="Weight of the divergence from the recipe's first model.")
+    hidden: float = Field(0.0, ge=0, description="Weight of the squared distance to its last hidden states.")
+    top: int | None = Field(None, ge=1, description="Logits of the first model that are kept for each token; all.")
+    adapter_rank: int = Field(0, ge=0, description="Rank of adapters that are trained instead, and merged; 0 for none.")
+    trainable: Literal["all", "blocks", "norms"] = Field("all", description="Which weights are trained.")
+    frozen: float = Field(0.0, ge=0, lt=1, description="Share of the blocks that stays as it is: the easiest to miss.")
+    keep_zeros: bool = Field(True, description="Whether weights that an earlier step pruned to zero stay zero.")
+
+    def transform(self, model: Model, data: Batch | None, session: Session) -> list[Edit]:
+        """Train, and say for each block how many weights were."""
+        if data is None:
+            raise DataError(f"{self.name} learns from text; give it calibration data.")
+        chosen = healing.parameters(model, self.trainable)
+        if self.frozen:
+            with session.timed("look"):
+                still = self._still(model, data)
+            paths = tuple(model.anatomy.language.blocks[i].path for i in still)
+            chosen = {name: p for name, p in chosen.items() if not below(name, paths)}
+            session.coverage["frozen_blocks"] = list(still)
+        teacher, states = self._taught(model, data, session)
+        with session.timed("train"):
+            fitted = healing.heal(
+                model,
+                data,
+                steps=self.steps,
+                lr=self.lr,
+                batch=self.batch,
+                lm=self.lm,
+                teacher=teacher,
+                distil=self.distil,
+                states=states,
+                hidden=self.hidden,
+                trainable=chosen.__contains__,
+                adapter_rank=self.adapter_rank,
+                keep_zeros=self.keep_zeros,
+                seed=session.seed,
+                folder=session.place("training"),
+                progress=session.progress,
+                what=self.name,
+            )
+        session.coverage["losses"] = [round(loss, 5) for loss in fitted.losses]
+        rows = self.steps * self.batch
+        if rows > 4 * len(data):
+            session.warnings.append(
+                f"each of the {len(data)} rows was trained on about {rows / len(data):.0f} times; give more text, or "
+                "fewer steps."
+            )
+        counts = {block.index: 0 for block in model.anatomy.language.blocks}
+        for name, parameter in chosen.items():
+            for block in model.anatomy.language.blocks:
+                if below(name, (block.path,)):
+                    counts[block.index] += parameter.numel()
+        return [_change(layer, count, self) for layer, count in counts.items() if count]
+
+    def foretell(self, blocks: Sequence[Block]) -> list[Edit]:
+        """Return a change of every block: nothing becomes smaller."""
+        return [_change(block.index, 0, self) for block in blocks]
+
+    def passes(self, blocks: Sequence[Block]) -> float:
+        """Return the passes of a run on 64 rows: three for each that is trained on, one for a teacher."""
+        taught = 1.0 if self.distil or self.hidden else 0.0
+        looked = 2 * len(blocks) * _LOOKED_AT / _USUAL_ROWS if self.frozen else 0.0
+        return 3 * self.steps * self.batch / _USUAL_ROWS + taught + looked
+
+    def _still(self, model: Model, data: Batch) -> tuple[int, ...]:
+        some = replace(data, input_ids=data.input_ids[:_LOOKED_AT])
+        if data.attention_mask is not None:
+            some = replace(some, attention_mask=data.attention_mask[:_LOOKED_AT])
+        blocks = model.anatomy.language.blocks
+        with gated(model) as gates:
+            effects = bypass.scan(model, gates, some, units(blocks))
+        return bypass.frozen(blocks, effects, self.frozen, "loss")
+
+    def _taught(self, model: Model, data: Batch, session: Session) -> tuple[Teacher | None, Any]:
+        """Ask the recipe's first model, and let go of it; outside a recipe, the model as it is before the training."""
+        teacher = states = None
+        if not (self.distil or self.hidden):
+            return teacher, states
+        with session.timed("teach"):
+            original = model if session.original is None else session.original()
+            if self.distil:
+                teacher = Teacher.collect(
+                    original.hf,
+                    data.input_ids,
+                    data.attention_mask,
+                    top=self.top,
+                    batch=self.batch,
+                    folder=session.place("teacher"),
+                    progress=session.progress,
+                )
+            if self.hidden:
+                states = healing.last_hidden(original, data, batch=self.batch)
+        return teacher, states
+
+
+def _change(layer: int, count: int, method: Healing) -> ChangeWeights:
+    return ChangeWeights(layer=layer, unit="trained weights", before=count, after=count, detail={"steps": method.steps})
