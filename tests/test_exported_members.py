@@ -9,7 +9,9 @@ import pytest
 
 import paredown
 
-SURFACE = ["__version__", "attach", "catalogue", "compare", "evaluate", "load", "method", "plan", "run", "scan"]
+SURFACE = [
+    "__version__", "attach", "catalogue", "compare", "evaluate", "load", "method", "plan", "probe", "run", "scan",
+]  # fmt: skip
 
 
 def test_surface_is_exactly_this():

@@ -122,15 +122,29 @@ def method_page(entry: Entry, result: dict[str, Any] | None) -> str:
             )
             for field in entry.fields
         ]
-    if entry.kind == "compressor":
-        lines += ["", "## Use", "", "```", f"paredown run MODEL --method {entry.name} --keep 0.5 --out DIR", "```"]
-    if entry.kind == "policy":
-        use = f"paredown generate MODEL --policy {entry.name} --keep 0.5 --prompt-file FILE"
-        lines += ["", "## Use", "", "```", use, "```"]
+    lines += ["", "## Use", "", *_use(entry)]
     if result:
         lines += ["", "## Measured", "", result["summary"], "", "```", result["command"], "```", ""]
         lines += [f"Commit {result['commit']}, seeds {result['seeds']}, {result['hardware']}."]
     return "\n".join(lines) + "\n"
+
+
+def _use(entry: Entry) -> list[str]:
+    """Return the shortest way to use a method of this kind."""
+    keep = next((field.default for field in entry.fields if field.name == "keep"), None)
+    if entry.kind == "compressor":
+        return ["```", f"paredown run MODEL --method {entry.name} --keep {keep:g} --out DIR", "```"]
+    if entry.kind == "policy":
+        return ["```", f"paredown generate MODEL --policy {entry.name} --keep {keep:g} --prompt-file FILE", "```"]
+    if entry.kind == "probe":
+        return ["```", f"paredown probe MODEL {entry.name}", "```"]
+    return [
+        "```python",
+        f'method = paredown.method("{entry.name}")',
+        "with method.wrap(model):",
+        "    transformers.Trainer(model.hf, callbacks=method.callbacks(model), ...).train()",
+        "```",
+    ]
 
 
 def measured(entry: Entry, root: Path) -> dict[str, Any] | None:

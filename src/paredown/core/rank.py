@@ -35,7 +35,7 @@ def arank(maps: Tensor) -> Tensor:
     return ranks
 
 
-def attention_ranks(model: Model, data: Batch, *, samples: int = 8, length: int = 256) -> tuple[float | None, ...]:
+def attention_ranks(model: Model, data: Batch, *, samples: int = 16, length: int = 256) -> tuple[float | None, ...]:
     """Return each block's ARank: the mean over heads, then over samples; None for blocks that do not attend.
 
     Parameters

@@ -16,7 +16,8 @@ def rows(record: RunRecord) -> list[tuple[str, ...]]:
     changing = [step for step in record.steps if step.kind != "policy"]
     if len(changing) < 2 or not all(step.bytes_after is not None for step in changing):
         return []
-    found, before = [], record.size_before.bytes_weights
+    found: list[tuple[str, ...]] = []
+    before = record.size_before.bytes_weights
     for step in changing:
         assert step.bytes_after is not None
         weights = f"{words.move(before, step.bytes_after)} ({words.change(before, step.bytes_after)})"

@@ -78,7 +78,7 @@ class GammaMoD(Policy):
     layers: tuple[int, ...] | None = Field(None, description="The layers; made by prepare from ARank if not given.")
     sink: int = Field(1, ge=0, description="First tokens that skip no layer.")
     recent: int = Field(16, ge=1, description="Last tokens of a prompt without images that skip no layer.")
-    samples: int = Field(8, ge=1, description="Calibration rows whose attention maps are ranked.")
+    samples: int = Field(16, ge=1, description="Calibration rows whose attention maps are ranked.")
     length: int = Field(256, ge=2, description="Tokens of each that are ranked.")
     ranks: tuple[float | None, ...] = Field((), description="ARank of each layer; made by prepare.")
     measured: tuple[tuple[str, float], ...] = Field((), description="Shares and losses; made by prepare.")
