@@ -16,12 +16,13 @@ from benchmarks import models
 from benchmarks.common import Frozen, Result, Spread, in_turns, ratios, result, say
 from benchmarks.overhead import batch
 from paredown import registry
-from paredown.core import calibration, channels, checkpoint
+from paredown.core import calibration, checkpoint
 from paredown.core.attach import attach
 from paredown.core.calibration import Batch
-from paredown.core.channels import ChannelExperts, Groups
 from paredown.core.checkpoint import Model
-from paredown.core.expert_cache import RULES, misses, serve
+from paredown.core.experts import channels
+from paredown.core.experts.channels import ChannelExperts, Groups
+from paredown.core.experts.serving import RULES, misses, serve
 from paredown.core.method import Policy
 from paredown.workflow import measure as measuring
 

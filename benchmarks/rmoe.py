@@ -15,10 +15,11 @@ from typing import Any
 
 from benchmarks.common import Frozen, Result, result, say
 from paredown import registry
-from paredown.core import calibration, checkpoint, routing
+from paredown.core import calibration, checkpoint
 from paredown.core.attach import attach
+from paredown.core.experts import routing
+from paredown.core.learning.teacher import Teacher, fitness
 from paredown.core.method import Compressor, Policy
-from paredown.core.teacher import Teacher, fitness
 from paredown.workflow import intervals
 from paredown.workflow.record import Interval
 

@@ -131,7 +131,7 @@ def method_page(entry: Entry, result: dict[str, Any] | None) -> str:
 
 def _use(entry: Entry) -> list[str]:
     """Return the shortest way to use a method of this kind."""
-    keep = next((field.default for field in entry.fields if field.name == "keep"), None)
+    keep = next((field.default for field in entry.fields if field.name == "keep"), None) or 0.5
     if entry.kind == "compressor":
         return ["```", f"paredown run MODEL --method {entry.name} --keep {keep:g} --out DIR", "```"]
     if entry.kind == "policy":

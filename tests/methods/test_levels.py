@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import paredown
-from paredown.core import allocation, audit
+from paredown.core import audit
 from paredown.core.edits import DropSublayer, KeepExpertNeurons, KeepExperts
-from paredown.core.levels import LevelDatabase, keeps_around
+from paredown.core.search import allocation
+from paredown.core.search.levels import LevelDatabase, keeps_around
 from paredown.errors import BudgetError, DataError, RecipeError
 from paredown.methods.depth.llm_drop import LLMDrop
 from paredown.methods.experts.camera import CameraP

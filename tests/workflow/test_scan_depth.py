@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from paredown import registry
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
-from paredown.core.gates import gated
+from paredown.core.depth.gates import gated
 from paredown.core.sequential import OnDisk
 from paredown.errors import ArchitectureError
 from paredown.report import scanned, scanpage
@@ -134,7 +134,7 @@ def test_a_family_that_cannot_be_taken_apart_is_scanned_without(tmp_path, monkey
     def refuse(self):
         raise ArchitectureError("this one cannot be taken apart.")
 
-    monkeypatch.setattr("paredown.core.walk.Step._check", refuse)
+    monkeypatch.setattr("paredown.core.looking.walk.Step._check", refuse)
     record = scan(saved(families.llama(), tmp_path), tokens())
     assert any("Views of depth were left out" in note for note in record.notes)
     assert not any(record.view(name) for name in VIEWS)

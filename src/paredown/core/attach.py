@@ -24,10 +24,10 @@ from paredown.core.attention import Call, Seat, compute, visible
 from paredown.core.cache import PolicyLayer, Store, nbytes
 from paredown.core.checkpoint import Model
 from paredown.core.companion import Companion, CompanionLayer
+from paredown.core.depth.skipping import Skipping
 from paredown.core.images import visual
 from paredown.core.method import Place, Policy
 from paredown.core.runtime import Part, Pass, Runtime, overrides
-from paredown.core.skipping import Skipping
 from paredown.core.stream import Stream
 from paredown.errors import ArchitectureError, PolicyError
 

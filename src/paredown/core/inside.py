@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paredown.core import routing
 from paredown.core.cache import PolicyLayer
+from paredown.core.experts import routing
 from paredown.core.roles import Block
 from paredown.core.runtime import Runtime, overrides
 

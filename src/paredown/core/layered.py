@@ -80,7 +80,7 @@ def layered(config: PreTrainedConfig | None = None) -> Iterator[None]:
 
 def conform(model: PreTrainedModel, overrides: dict[int, dict[str, Any]]) -> None:
     """Cut the blocks of a freshly built model (its own, not those of towers within it) to their layers' overrides."""
-    from paredown.core import sharing
+    from paredown.core.depth import sharing
     from paredown.core.surgery import apply
 
     for path, blocks in anatomy.stacks(model):

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from paredown.core import anatomy as anatomies
-from paredown.core import fusion, sharing
 from paredown.core.anatomy import Anatomy, Attention, Block, Experts, Mlp, Tower, resolve
 from paredown.core.configs import TowerName, by_layer, is_uniform, loads_in, new_config, removed_blocks, tower_of
+from paredown.core.depth import fusion, sharing
 from paredown.core.dropped import DroppedMlp, stand_in
 from paredown.core.edits import (
     DropSublayer,

@@ -19,10 +19,10 @@ from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Skeleton
 from paredown.core.compression import stream_of
 from paredown.core.durable import write_json, write_text
+from paredown.core.looking.walk import Walk
 from paredown.core.method import Progress, View
 from paredown.core.resources import peak_memory, reset_peak_memory, timed
 from paredown.core.sequential import OnDisk, Stream, layer_config
-from paredown.core.walk import Walk
 from paredown.errors import ArchitectureError, OutputError
 from paredown.report import scanpage
 from paredown.workflow import measure

@@ -12,8 +12,8 @@ from paredown.core import calibration, checkpoint, surgery
 from paredown.core.checkpoint import Model
 from paredown.core.compression import observed
 from paredown.core.edits import DropBlock
-from paredown.core.labelled import Labelled
-from paredown.core.readout import Vectors
+from paredown.core.looking.labelled import Labelled
+from paredown.core.looking.readout import Vectors
 from paredown.errors import DataError
 from paredown.methods.analysis.concept_depth import ConceptDepth, rounded
 

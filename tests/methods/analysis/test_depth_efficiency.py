@@ -11,12 +11,12 @@ from toys import normal, toy
 
 from paredown.core import calibration, checkpoint, surgery
 from paredown.core.checkpoint import Model
+from paredown.core.depth.gates import gated
 from paredown.core.edits import DropBlock
-from paredown.core.gates import gated
-from paredown.core.linear_maps import map_errors
-from paredown.core.scales import attributions, divergences, factors
-from paredown.core.skips import Erasures, Lens, Locals, Skips, depth_score, rank_correlation
-from paredown.core.walk import sample
+from paredown.core.looking.linear_maps import map_errors
+from paredown.core.looking.scales import attributions, divergences, factors
+from paredown.core.looking.skips import Erasures, Lens, Locals, Skips, depth_score, rank_correlation
+from paredown.core.looking.walk import sample
 from paredown.errors import DataError
 from paredown.methods.analysis.depth_efficiency import DepthEfficiency
 

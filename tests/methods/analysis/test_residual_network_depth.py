@@ -13,13 +13,13 @@ from toys import normal, toy
 
 from paredown.core import calibration, checkpoint, surgery
 from paredown.core.checkpoint import Model
+from paredown.core.depth.gates import gated
 from paredown.core.edits import DropBlock
-from paredown.core.expansion import Expansion, Interaction
-from paredown.core.gates import gated
-from paredown.core.scales import branches, factors, fold
+from paredown.core.looking.expansion import Expansion, Interaction
+from paredown.core.looking.scales import branches, factors, fold
+from paredown.core.looking.skips import rank_correlation
+from paredown.core.looking.walk import sample, walk
 from paredown.core.sequential import Resident
-from paredown.core.skips import rank_correlation
-from paredown.core.walk import sample, walk
 from paredown.errors import ArchitectureError, DataError
 from paredown.methods.analysis.residual_network_depth import ResidualNetworkDepth
 

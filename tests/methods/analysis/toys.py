@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paredown.core.walk import Step
+from paredown.core.looking.walk import Step
 
 Function = Callable[[Tensor], Tensor]
 

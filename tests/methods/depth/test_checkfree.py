@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from paredown.core import rebuild
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model, quiet
-from paredown.core.rebuild import Stages, share_of_next, weighted_mean
-from paredown.core.training import _around
+from paredown.core.depth import rebuild
+from paredown.core.depth.rebuild import Stages, share_of_next, weighted_mean
+from paredown.core.learning.training import _around
 from paredown.errors import ArchitectureError, DataError, UsageError
 from paredown.methods.depth.checkfree import CheckFree, CheckFreeProbe, RandomCheckFree
 

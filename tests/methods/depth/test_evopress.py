@@ -13,13 +13,14 @@ import pytest
 import torch
 import transformers as tf
 
-from paredown.core import audit, evolution, judging
-from paredown.core import gates as gates_module
+from paredown.core import audit
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
+from paredown.core.depth import gates as gates_module
+from paredown.core.depth.gates import gated
 from paredown.core.edits import DropBlock, DropSublayer
-from paredown.core.gates import gated
-from paredown.core.teacher import Teacher, fitness
+from paredown.core.learning.teacher import Teacher, fitness
+from paredown.core.search import evolution, judging
 from paredown.errors import BudgetError, DataError, OutputError
 from paredown.methods.depth.evopress import EvoPress, EvoPressBlocks, RandomSearch
 from paredown.methods.depth.llm_drop import LLMDrop, RandomSublayers

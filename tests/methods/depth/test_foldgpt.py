@@ -17,10 +17,10 @@ import transformers as tf
 import paredown
 from paredown.core import surgery
 from paredown.core.checkpoint import Model
+from paredown.core.depth.gate_training import GateTask, GateWeights
+from paredown.core.depth.gates import gated
+from paredown.core.depth.lowrank import linears
 from paredown.core.edits import DropBlock, ShareBlock
-from paredown.core.gate_training import GateTask, GateWeights
-from paredown.core.gates import gated
-from paredown.core.lowrank import linears
 from paredown.core.roles import Shared
 from paredown.errors import ArchitectureError, BudgetError, DataError
 from paredown.methods.depth.foldgpt import FoldGPT, RandomFold, children_of
@@ -348,7 +348,7 @@ def test_gates_are_learned_only_where_there_is_something_to_choose(monkeypatch: 
 def test_on_a_trained_model_gates_find_blocks_that_hardly_matter() -> None:
     """The same number of random deletions costs more, for most of five seeds."""
     from paredown.core import calibration
-    from paredown.core.teacher import fitness
+    from paredown.core.learning.teacher import fitness
 
     model = paredown.load("testbed:lm")
     texts = calibration.read(None, model_ref="testbed:lm", split="calibration")

@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paredown import registry
-from paredown.core import around, calibration, checkpoint, rank
-from paredown.core.around import skipped
+from paredown.core import calibration, checkpoint
 from paredown.core.attach import attach, attach_runtimes, wrap
 from paredown.core.calibration import Batch
+from paredown.core.depth import around
+from paredown.core.depth.around import skipped
+from paredown.core.learning.teacher import Teacher, fitness
+from paredown.core.looking import rank
 from paredown.core.runtime import Pass, Runtime
 from paredown.core.stream import Stream
-from paredown.core.teacher import Teacher, fitness
 from paredown.errors import ArchitectureError, BudgetError, DataError, PolicyError
 from paredown.methods.depth.gamma_mod import GammaMoD, RandomTokensALayer, Skips, Training
 

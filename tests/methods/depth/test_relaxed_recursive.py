@@ -16,9 +16,9 @@ from safetensors import safe_open
 
 import paredown
 from paredown.core.checkpoint import Model
+from paredown.core.depth.lowrank import DeltaLinear, linears
 from paredown.core.edits import ChangeWeights, ShareBlock
-from paredown.core.lowrank import DeltaLinear, linears
-from paredown.core.teacher import fitness
+from paredown.core.learning.teacher import fitness
 from paredown.errors import ArchitectureError, BudgetError, DataError
 from paredown.methods.depth.relaxed_recursive import RandomRecursive, RelaxedRecursive
 

@@ -15,8 +15,8 @@ import transformers as tf
 import paredown
 from paredown import registry
 from paredown.core.checkpoint import Model
+from paredown.core.depth.gates import gated
 from paredown.core.edits import DropBlock
-from paredown.core.gates import gated
 from paredown.core.method import View
 from paredown.core.statistics import observing
 from paredown.errors import BudgetError, DataError, RecipeError

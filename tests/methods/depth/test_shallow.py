@@ -15,12 +15,12 @@ from torch import Tensor
 
 import paredown
 from paredown.core import calibration, surgery
-from paredown.core.alongside import Rehearsal
 from paredown.core.checkpoint import Model
+from paredown.core.depth.alongside import Rehearsal
+from paredown.core.depth.gates import gated
 from paredown.core.edits import FuseBlocks
-from paredown.core.gates import gated
+from paredown.core.learning.teacher import Teacher, fitness
 from paredown.core.session import Session
-from paredown.core.teacher import Teacher, fitness
 from paredown.errors import ArchitectureError, BudgetError, DataError
 from paredown.methods.depth.shallow import RandomShallow, Shallow, _Room
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from paredown.core import bypass
-from paredown.core.bypass import Effect
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
-from paredown.core.gates import Unit, units
+from paredown.core.depth import bypass
+from paredown.core.depth.bypass import Effect
+from paredown.core.depth.gates import Unit, units
 from paredown.errors import DataError, OutputError
 from paredown.methods.depth.trimllm import RandomTrimLLM, TrimLLM, choose
 
@@ -166,7 +166,7 @@ def test_keep_one_does_nothing():
 
 
 def test_the_scan_set_is_not_trained_on(monkeypatch):
-    from paredown.core import healing
+    from paredown.core.learning import healing
 
     trained: list[Tensor] = []
     scanned: list[Tensor] = []
@@ -192,7 +192,7 @@ def test_the_scan_set_is_not_trained_on(monkeypatch):
 
 
 def test_at_once_drops_all_and_trains_for_as_many_steps(monkeypatch):
-    from paredown.core import healing
+    from paredown.core.learning import healing
 
     log: list[Any] = []
     heal = healing.heal

@@ -12,10 +12,11 @@ import pytest
 import torch
 import transformers as tf
 
-from paredown.core import audit, evolution, judging
+from paredown.core import audit
 from paredown.core.checkpoint import Model
-from paredown.core.levels import LevelDatabase, keeps_around
-from paredown.core.teacher import Teacher, fitness
+from paredown.core.learning.teacher import Teacher, fitness
+from paredown.core.search import evolution, judging
+from paredown.core.search.levels import LevelDatabase, keeps_around
 from paredown.errors import BudgetError, RecipeError
 from paredown.methods.experts.allocate import Allocate
 from paredown.methods.experts.camera import CameraP

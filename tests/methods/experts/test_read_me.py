@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache
 
-from paredown.core import channels, domains
 from paredown.core.attach import attach, wrap
 from paredown.core.calibration import Batch
-from paredown.core.channels import Bank, Groups
-from paredown.core.pregate import Memory, Router, preferences
+from paredown.core.experts import channels, domains
+from paredown.core.experts.channels import Bank, Groups
+from paredown.core.experts.pregate import Memory, Router, preferences
 from paredown.core.runtime import Feed, Pass
 from paredown.errors import ArchitectureError, DataError, PolicyError
 from paredown.methods.cache.lazyllm import LazyLLM

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from paredown import registry
-from paredown.core import calibration, checkpoint, routing
+from paredown.core import calibration, checkpoint
 from paredown.core.attach import attach, attach_runtimes, wrap
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
+from paredown.core.experts import routing
+from paredown.core.learning.teacher import Teacher, fitness
 from paredown.core.runtime import Runtime
-from paredown.core.teacher import Teacher, fitness
 from paredown.errors import ArchitectureError, DataError, PolicyError
 from paredown.methods.experts.rmoe import Correction, RandomRouters, RMoE, Routers, _Training
 

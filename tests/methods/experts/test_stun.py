@@ -16,7 +16,7 @@ import paredown
 from paredown.core import surgery
 from paredown.core.checkpoint import Model
 from paredown.core.edits import KeepExperts
-from paredown.core.linkage import Linkage, cluster
+from paredown.core.experts.linkage import Linkage, cluster
 from paredown.errors import ArchitectureError, BudgetError
 from paredown.methods.experts.random_experts import RandomExperts
 from paredown.methods.experts.stun import Stun, _nearest

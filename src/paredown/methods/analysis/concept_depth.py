@@ -24,13 +24,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from paredown.core import labelled, readout
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.compression import observed
-from paredown.core.labelled import Labelled, Task
+from paredown.core.looking import labelled, readout
+from paredown.core.looking.labelled import Labelled, Task
+from paredown.core.looking.readout import Readout, Where
 from paredown.core.method import Probe, register
-from paredown.core.readout import Readout, Where
 from paredown.errors import DataError
 
 NOTE = (

@@ -14,7 +14,7 @@ RobertCsordas/llm_effective_depth. Of each block, with ``D_l = h_{l+1} - h_l``:
 Different here, on purpose: the first token counts nowhere, means are per row and then over rows (the official mean
 norms divide the last row's sum by all rows' tokens), quantiles stand next to maxima, small ``|D_l|`` are floored at a
 hundredth of their mean, all in fp32, and cuts are any positions, not multiples of eight. Rankings and effective depth
-are ours (inferred). Linear maps between two models: `core.linear_maps.map_errors`.
+are ours (inferred). Linear maps between two models: `core.looking.linear_maps.map_errors`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from paredown.core import scales
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
-from paredown.core.contributions import PARTS, Contributions
+from paredown.core.looking import scales
+from paredown.core.looking.contributions import PARTS, Contributions
+from paredown.core.looking.skips import Erasures, Lens, Locals, Skips, depth_score
+from paredown.core.looking.walk import Tokens, sample, walk
 from paredown.core.method import Probe, register
 from paredown.core.sequential import Resident
-from paredown.core.skips import Erasures, Lens, Locals, Skips, depth_score
-from paredown.core.walk import Tokens, sample, walk
 from paredown.errors import DataError
 
 

@@ -23,14 +23,14 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from paredown.core import scales
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
-from paredown.core.expansion import WHOLE, Expansion, Interaction
+from paredown.core.looking import scales
+from paredown.core.looking.expansion import WHOLE, Expansion, Interaction
+from paredown.core.looking.skips import rank_correlation
+from paredown.core.looking.walk import Tokens, sample, walk
 from paredown.core.method import Probe, register
 from paredown.core.sequential import Resident
-from paredown.core.skips import rank_correlation
-from paredown.core.walk import Tokens, sample, walk
 from paredown.errors import DataError
 
 CRITICISM = (

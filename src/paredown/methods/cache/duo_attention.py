@@ -21,11 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from paredown.core import attention, retrieval, training
+from paredown.core import attention, retrieval
 from paredown.core import heads as kv
 from paredown.core.attention import Call, Seat, Visible, compute
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
+from paredown.core.learning import training
 from paredown.core.method import Place, Policy, Progress, register
 from paredown.core.runtime import Runtime
 from paredown.errors import DataError, PolicyError

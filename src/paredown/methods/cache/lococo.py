@@ -24,12 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from paredown.core import heads, training
+from paredown.core import heads
 from paredown.core.attach import attach_runtimes
 from paredown.core.attention import Call, column_sums
 from paredown.core.cache import Entries, Store, packed
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
+from paredown.core.learning import training
 from paredown.core.method import Place, Policy, Progress, register
 from paredown.core.runtime import Runtime
 from paredown.errors import DataError, PolicyError

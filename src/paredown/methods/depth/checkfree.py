@@ -33,15 +33,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from transformers import TrainerCallback
 
-from paredown.core import rebuild
 from paredown.core.anatomy import resolve
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
-from paredown.core.gates import gated
+from paredown.core.depth import rebuild
+from paredown.core.depth.gates import gated
+from paredown.core.depth.rebuild import Stages, share_of_next
+from paredown.core.depth.recovery import Recovery, swapping
+from paredown.core.learning.teacher import Teacher, fitness
 from paredown.core.method import Probe, TrainingMethod, register
-from paredown.core.rebuild import Stages, share_of_next
-from paredown.core.recovery import Recovery, swapping
-from paredown.core.teacher import Teacher, fitness
 from paredown.errors import DataError, UsageError
 
 _OPTIONS = ("drop", "before", "after", "mean")

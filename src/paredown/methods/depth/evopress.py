@@ -5,9 +5,9 @@ code IST-DASLab/EvoPress.
 
 A sum of errors layer by layer does not predict the error of the whole, so whole states are tried: two lists, attention
 and MLP, of which ``int((1 - keep) * L)`` go in each. A mutation swaps one that goes with one that stays, in a list
-drawn 50/50, up to three times. Fitness is the mean KL(dense || student) of a token; the engine is `core.evolution`, a
-state is tried with `core.gates`, and no weight is changed before the search is over. What then goes is the best state
-that was found (the published script saves whichever was scored last).
+drawn 50/50, up to three times. Fitness is the mean KL(dense || student) of a token; the engine is
+`core.search.evolution`, a state is tried with `core.depth.gates`, and no weight is changed before the search is over.
+What then goes is the best state that was found (the published script saves whichever was scored last).
 
 Numbers of the authors: ``k(n - k) / 1.5`` generations for ``k`` of ``n`` in a list, 32 offspring, 2 survivors on 2048
 tokens and 1 on 32768, 64 states drawn to begin with on 2048. Where there are fewer tokens, all of them are used (ours).
@@ -24,15 +24,16 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from paredown.core import budget, evolution, judging, surgery
+from paredown.core import budget, surgery
 from paredown.core.anatomy import Block
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
+from paredown.core.depth.gates import Unit, gated
+from paredown.core.depth.gates import units as units_of
 from paredown.core.edits import DropBlock, DropSublayer, Edit
-from paredown.core.evolution import Found, Schedule, Space, Stage, State, Swaps
-from paredown.core.gates import Unit, gated
-from paredown.core.gates import units as units_of
 from paredown.core.method import WholeModelCompressor, register
+from paredown.core.search import evolution, judging
+from paredown.core.search.evolution import Found, Schedule, Space, Stage, State, Swaps
 from paredown.core.session import Session
 from paredown.errors import BudgetError
 

@@ -30,19 +30,21 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from paredown.core import budget, sharing, training
+from paredown.core import budget
 from paredown.core.anatomy import Block
 from paredown.core.blocks import is_norm
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model, below
 from paredown.core.configs import check_unshared
+from paredown.core.depth import sharing
+from paredown.core.depth.gate_training import GateTask
+from paredown.core.depth.gates import gated
+from paredown.core.depth.lowrank import is_delta
 from paredown.core.edits import ChangeWeights, DropBlock, Edit, ShareBlock
-from paredown.core.gate_training import GateTask
-from paredown.core.gates import gated
-from paredown.core.lowrank import is_delta
+from paredown.core.learning import training
+from paredown.core.learning.uptraining import Uptrained
 from paredown.core.method import register
 from paredown.core.session import Session
-from paredown.core.uptraining import Uptrained
 from paredown.errors import BudgetError, DataError
 
 

@@ -30,16 +30,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from paredown.core import budget, draws, training
-from paredown.core.around import Around, convertible, decoding, skipped
+from paredown.core import budget, draws
 from paredown.core.attach import attach_runtimes
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
+from paredown.core.depth.around import Around, convertible, decoding, skipped
+from paredown.core.learning import training
+from paredown.core.learning.teacher import Teacher, real_predictions
+from paredown.core.looking.rank import attention_ranks
 from paredown.core.method import Place, Policy, Progress, register
-from paredown.core.rank import attention_ranks
 from paredown.core.runtime import Pass, Runtime
 from paredown.core.stream import Stream
-from paredown.core.teacher import Teacher, real_predictions
 from paredown.errors import ArchitectureError, BudgetError, DataError, PolicyError
 
 _FILE = "router.safetensors"

@@ -26,15 +26,16 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from paredown.core import budget, sharing
+from paredown.core import budget
 from paredown.core.anatomy import Block
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.configs import check_unshared
+from paredown.core.depth import sharing
 from paredown.core.edits import ChangeWeights, Edit, ShareBlock
+from paredown.core.learning.uptraining import Uptrained
 from paredown.core.method import register
 from paredown.core.session import Session
-from paredown.core.uptraining import Uptrained
 from paredown.errors import BudgetError, DataError
 
 

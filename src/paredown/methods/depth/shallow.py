@@ -5,7 +5,7 @@ scratch; no code. A residual stack is a sum of terms of order 1, 2, ...; without
 read the same input: ``y = x + sum_i f_i(x)``. Everything about trained transformers is inferred:
 
 - The form is two-stage: all attentions of a run read its input, all MLPs what these leave. It is fused exactly into an
-  ordinary block with as many times the heads and neurons (`core.fusion`).
+  ordinary block with as many times the heads and neurons (`core.depth.fusion`).
 - Runs are chosen greedily: for each start and length the KL of the whole model with this run, and those chosen before,
   in parallel; the run with the least rise of KL for each block saved is taken, and the others are measured again
   (dividing by the blocks saved is ours, so that long runs can be compared with short ones).
@@ -28,17 +28,18 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from paredown.core import budget, fusion, surgery
-from paredown.core.alongside import Rehearsal
+from paredown.core import budget, surgery
 from paredown.core.anatomy import Block
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.compression import TOKENS_AT_ONCE
+from paredown.core.depth import fusion
+from paredown.core.depth.alongside import Rehearsal
 from paredown.core.edits import Edit, FuseBlocks
 from paredown.core.effects import alike, hindrance
+from paredown.core.learning.teacher import Teacher
 from paredown.core.method import WholeModelCompressor, register
 from paredown.core.session import Session
-from paredown.core.teacher import Teacher
 from paredown.errors import ArchitectureError, BudgetError
 
 

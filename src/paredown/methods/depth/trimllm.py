@@ -34,14 +34,16 @@ import torch
 from pydantic import Field
 from safetensors.torch import load_file
 
-from paredown.core import budget, bypass, healing, surgery, training
+from paredown.core import budget, surgery
 from paredown.core.anatomy import Block
-from paredown.core.bypass import Effect
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model, below
+from paredown.core.depth import bypass
+from paredown.core.depth.bypass import Effect
+from paredown.core.depth.gates import Gates, Unit, gated, units
 from paredown.core.durable import write_json, write_tensors
 from paredown.core.edits import DropSublayer, Edit
-from paredown.core.gates import Gates, Unit, gated, units
+from paredown.core.learning import healing, training
 from paredown.core.method import WholeModelCompressor, register
 from paredown.core.session import Session
 from paredown.errors import DataError, OutputError

@@ -18,13 +18,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from paredown.core import allocation
 from paredown.core.anatomy import Block
-from paredown.core.evolution import Levels, State
-from paredown.core.judging import TextJudge
-from paredown.core.levelled import Levelled
-from paredown.core.levels import LevelDatabase
 from paredown.core.method import register
+from paredown.core.search import allocation
+from paredown.core.search.evolution import Levels, State
+from paredown.core.search.judging import TextJudge
+from paredown.core.search.levelled import Levelled
+from paredown.core.search.levels import LevelDatabase
 from paredown.core.session import Session
 from paredown.errors import RecipeError
 

@@ -5,8 +5,8 @@ arXiv 2508.02322. CAMERA-Q is not part of the official code; implemented from th
 
 All hidden neurons of a layer, those of a shared expert first, are ranked by CAMERA's energy (see `core.energy`) and cut
 into three groups of one bit width each. The three vectors of a neuron share its width: its rows of gate and up, its
-column of down. Weights are rounded by a GPTQ-style solver (see `core.quantisation`) with the second moments of what
-enters each expert, in the normal order of columns, and later layers are looked at behind rounded ones.
+column of down. Weights are rounded by a GPTQ-style solver (see `core.weights.quantisation`) with the second moments of
+what enters each expert, in the normal order of columns, and later layers are looked at behind rounded ones.
 
 **Budget.** ``keep`` is the average width over 16: ``keep=0.2`` with widths 8, 4, 2 means 3.2 bits. ``top`` of the
 neurons get the widest width and the rest is shared out between the other two so that the average is met; where that
@@ -28,12 +28,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from paredown.core import budget, energy, quantisation
+from paredown.core import budget, energy
 from paredown.core.anatomy import Block, Experts
 from paredown.core.edits import ChangeWeights, Edit
-from paredown.core.expert_statistics import ExpertHessians
+from paredown.core.experts.statistics import ExpertHessians
 from paredown.core.method import Compressor, Scores, View, register
 from paredown.core.statistics import Observer
+from paredown.core.weights import quantisation
 from paredown.errors import BudgetError
 
 _FULL = quantisation.UNTOUCHED

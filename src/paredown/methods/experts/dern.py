@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from paredown.core import allocation, budget
+from paredown.core import budget
 from paredown.core.anatomy import Block
 from paredown.core.edits import Edit, KeepExperts
 from paredown.core.method import Compressor, Scores, View, register
+from paredown.core.search import allocation
 from paredown.core.statistics import ExpertTraffic, Observer
 
 

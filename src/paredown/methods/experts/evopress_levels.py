@@ -20,13 +20,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from pydantic import Field
 
-from paredown.core import evolution, judging
 from paredown.core.anatomy import Block
-from paredown.core.evolution import Levels, Schedule, Stage, State
-from paredown.core.judging import TextJudge
-from paredown.core.levelled import Levelled
-from paredown.core.levels import LevelDatabase
 from paredown.core.method import register
+from paredown.core.search import evolution, judging
+from paredown.core.search.evolution import Levels, Schedule, Stage, State
+from paredown.core.search.judging import TextJudge
+from paredown.core.search.levelled import Levelled
+from paredown.core.search.levels import LevelDatabase
 from paredown.core.session import Session
 from paredown.errors import BudgetError
 

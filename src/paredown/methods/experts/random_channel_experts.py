@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from paredown.core import channels
-from paredown.core.channels import ChannelExperts, Chosen
 from paredown.core.checkpoint import Model
+from paredown.core.experts import channels
+from paredown.core.experts.channels import ChannelExperts, Chosen
 from paredown.core.method import Place, Policy, register
 from paredown.core.runtime import Pass, Runtime
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from pydantic import Field
 
-from paredown.core import allocation
 from paredown.core.anatomy import Block
 from paredown.core.edits import Edit
 from paredown.core.method import Compressor, Scores, View, register
+from paredown.core.search import allocation
 
 
 @register

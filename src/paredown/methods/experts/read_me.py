@@ -26,12 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from paredown.core import channels, domains, training
 from paredown.core.calibration import Batch
-from paredown.core.channels import ChannelExperts, Chosen
 from paredown.core.checkpoint import Model
+from paredown.core.experts import channels, domains
+from paredown.core.experts.channels import ChannelExperts, Chosen
+from paredown.core.experts.pregate import Imitate, Memory, Router, preferences
+from paredown.core.learning import training
 from paredown.core.method import Place, Policy, Progress, register
-from paredown.core.pregate import Imitate, Memory, Router, preferences
 from paredown.core.runtime import Pass
 from paredown.errors import DataError, PolicyError
 

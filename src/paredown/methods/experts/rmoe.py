@@ -27,13 +27,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from paredown.core import budget, checkpoint, routing, training
+from paredown.core import budget, checkpoint
 from paredown.core.attach import attach_runtimes
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
+from paredown.core.experts import routing
+from paredown.core.learning import training
+from paredown.core.learning.teacher import Teacher, real_predictions
 from paredown.core.method import Place, Policy, Progress, register
 from paredown.core.runtime import Pass, Runtime
-from paredown.core.teacher import Teacher, real_predictions
 from paredown.errors import ArchitectureError, DataError, PolicyError
 
 _FILE = "routers.safetensors"

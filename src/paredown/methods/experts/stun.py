@@ -11,10 +11,10 @@ Per layer of ``n`` experts, with router rows ``g`` and ``c_ij``, the number of t
 (``||g||`` is the Frobenius norm of the layer's router, an option of the official code; mean over all ``n x n`` entries,
 the zero diagonal included). The source tries the weights (1, 0), (0, 1) and (1, 1); its README's run uses (0, 1). Here
 the default is (1, 0): on ``testbed:moe`` the experts that are chosen together most are the busiest ones, and merging
-them loses more than chance does. Experts are clustered by ``D`` with one threshold for all
-layers (see `core.linkage`), such that exactly as many are left over all layers as ``random-experts`` leaves; hence
-layers keep different numbers, and the result opens with ``paredown.load``. ``uniform`` keeps equal numbers instead. No
-forward pass is made beyond the one that counts, however many experts there are.
+them loses more than chance does. Experts are clustered by ``D`` with one threshold for all layers (see
+`core.experts.linkage`), such that exactly as many are left over all layers as ``random-experts`` leaves; hence layers
+keep different numbers, and the result opens with ``paredown.load``. ``uniform`` keeps equal numbers instead. No forward
+pass is made beyond the one that counts, however many experts there are.
 
 - Of a cluster stays the member whose weights are nearest to the cluster's mean, the lower index where two are equally
   near (in a pair they always are; the official choice is left to rounding). Its weights and its router row stay.
@@ -37,8 +37,8 @@ from torch import Tensor
 from paredown.core import budget
 from paredown.core.anatomy import Block
 from paredown.core.edits import Edit, KeepExperts
-from paredown.core.expert_statistics import CoActivation
-from paredown.core.linkage import Clusters, Linkage, cluster
+from paredown.core.experts.linkage import Clusters, Linkage, cluster
+from paredown.core.experts.statistics import CoActivation
 from paredown.core.method import Compressor, Scores, View, register
 from paredown.core.ragged import expert_weights
 from paredown.core.statistics import Observer

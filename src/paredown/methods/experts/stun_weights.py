@@ -25,11 +25,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from paredown.core import budget, sparsity
+from paredown.core import budget
 from paredown.core.anatomy import Block
 from paredown.core.edits import ChangeWeights, Edit
 from paredown.core.method import AGAIN, Compressor, Scores, View, register
 from paredown.core.statistics import Observer
+from paredown.core.weights import sparsity
 
 
 class _Weights(Compressor):

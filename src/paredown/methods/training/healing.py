@@ -14,15 +14,16 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from paredown.core import bypass, healing
 from paredown.core.anatomy import Block
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model, below
+from paredown.core.depth import bypass
+from paredown.core.depth.gates import gated, units
 from paredown.core.edits import ChangeWeights, Edit
-from paredown.core.gates import gated, units
+from paredown.core.learning import healing
+from paredown.core.learning.teacher import Teacher
 from paredown.core.method import WholeModelCompressor, register
 from paredown.core.session import Session
-from paredown.core.teacher import Teacher
 from paredown.errors import DataError
 
 _USUAL_ROWS = 64

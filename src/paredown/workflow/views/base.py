@@ -11,9 +11,9 @@ from torch import Tensor
 from paredown import registry
 from paredown.core.anatomy import Block
 from paredown.core.calibration import Batch
+from paredown.core.looking.walk import Step, Walk
 from paredown.core.method import View
 from paredown.core.statistics import Observer
-from paredown.core.walk import Step, Walk
 from paredown.registry import Entry
 from paredown.workflow.scanned import Acting, Column, LayerRow, ScanView, Suggestion
 

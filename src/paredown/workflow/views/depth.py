@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import torch
 
-from paredown.core import labelled, readout
 from paredown.core.anatomy import Block
 from paredown.core.calibration import Batch
-from paredown.core.contributions import PARTS, Contributions
-from paredown.core.expansion import Expansion
-from paredown.core.labelled import Labelled
+from paredown.core.looking import labelled, readout
+from paredown.core.looking.contributions import PARTS, Contributions
+from paredown.core.looking.expansion import Expansion
+from paredown.core.looking.labelled import Labelled
+from paredown.core.looking.readout import Vectors
+from paredown.core.looking.skips import Lens, Locals, Skips
+from paredown.core.looking.walk import Step, Tokens, Walk
 from paredown.core.method import View
-from paredown.core.readout import Vectors
-from paredown.core.skips import Lens, Locals, Skips
 from paredown.core.statistics import Observer
-from paredown.core.walk import Step, Tokens, Walk
 from paredown.errors import DataError
 from paredown.registry import Entry
 from paredown.workflow.scanned import Column, LayerRow, Suggestion

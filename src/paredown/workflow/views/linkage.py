@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from paredown.core.anatomy import Block
-from paredown.core.expert_statistics import CoActivation
-from paredown.core.linkage import cluster, dendrogram
+from paredown.core.experts.linkage import cluster, dendrogram
+from paredown.core.experts.statistics import CoActivation
 from paredown.core.method import View
 from paredown.core.statistics import Observer
 from paredown.errors import BudgetError

@@ -1,0 +1,76 @@
+"""Gates on whole blocks that learn together which of them can be closed, while all weights are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paredown.core.calibration import Batch
+from paredown.core.checkpoint import Model
+from paredown.core.depth.gates import Factor, Gates, Unit
+from paredown.core.learning import training
+from paredown.core.learning.teacher import real_predictions
+
+FIRST_EPS, LAST_EPS = 0.1, 1e-3
+
+
+class GateWeights(nn.Module):
+    """One number for each block, and the step that the training has come to (it sets eps and the budget's weight)."""
+
+    step: Tensor
+
+    def __init__(self, count: int, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.a = nn.Parameter(torch.ones(count))
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def progress(self) -> float:
+        """Return how far the training is, 0 to 1."""
+        return min(1.0, int(self.step) / self.steps)
+
+    def gates(self) -> Tensor:
+        """Return ``g(a)``, ``[L]``; exactly 1 where ``a`` is."""
+        eps: float = FIRST_EPS * (LAST_EPS / FIRST_EPS) ** self.progress()
+        square = self.a**2
+        return (1 + eps) * square / (square + eps)
+
+
+class GateTask(training.Task[int]):
+    """Learn which blocks can be closed together.
+
+    Parameters
+    ----------
+    sizes : what each block counts in the budget
+    target : share of the sizes that is to stay open
+    """
+
+    learned: GateWeights
+
+    def __init__(
+        self, model: Model, data: Batch, gates: Gates, sizes: Sequence[int], target: float, steps: int, strength: float
+    ) -> None:
+        super().__init__(model.hf, GateWeights(len(sizes), steps).to(model.hf.device))
+        self.hf, self.data, self.gates, self.target, self.strength = model.hf, data, gates, target, strength
+        self.shares = torch.tensor(sizes, dtype=torch.float32, device=model.hf.device) / sum(sizes)
+
+    def loss(self, rows: list[int]) -> Tensor:
+        """Return the next-token loss under the gates and what the budget adds."""
+        open_ = self.learned.gates()
+        factors: dict[Unit, Factor] = {(i, "block"): g.to(self.hf.dtype) for i, g in enumerate(open_)}
+        self.gates.set(factors)
+        ids = self.data.input_ids[rows].to(self.hf.device)
+        mask = None if self.data.attention_mask is None else self.data.attention_mask[rows].to(self.hf.device)
+        logits = self.hf(input_ids=ids, use_cache=False, **({} if mask is None else {"attention_mask": mask})).logits
+        real = real_predictions(ids, mask).to(ids.device)
+        answers = ids[:, 1:].masked_fill(~real, -100)
+        text = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), answers.flatten(), ignore_index=-100)
+        over = (self.shares * open_).sum() - self.target
+        return text + self.strength * self.learned.progress() * over**2
+
+    def project(self) -> None:
+        """Count the step."""
+        self.learned.step += 1

@@ -1,0 +1,1 @@
+"""What methods on experts share: routing, clusters of experts, experts cut out of dense MLPs, serving them."""

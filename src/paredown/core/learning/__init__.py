@@ -1,0 +1,1 @@
+"""Training beside or after surgery: the trainer, teachers, healing."""

@@ -1,0 +1,89 @@
+"""What methods share that end in a training of what they left, with the model as it was before as a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from paredown.core.anatomy import Block
+from paredown.core.method import WholeModelCompressor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from paredown.core.calibration import Batch
+    from paredown.core.checkpoint import Model
+    from paredown.core.learning.healing import Trainable
+    from paredown.core.learning.teacher import Teacher
+    from paredown.core.session import Session
+
+_USUAL_ROWS = 64
+
+Lessons = tuple["Teacher | None", "Tensor | None"]
+
+
+class Uptrained(WholeModelCompressor):
+    """A whole-model method with a training at its end; ``steps=0`` leaves it out."""
+
+    steps: int = Field(100, ge=0, description="Training steps at the end; 0 for none.")
+    lr: float = Field(2e-4, gt=0, description="Learning rate of AdamW at the start; it falls to 0 in a line.")
+    batch: int = Field(4, ge=1, description="Rows in a step.")
+    lm: float = Field(1.0, ge=0, description="Weight of the next-token loss.")
+    distil: float = Field(1.0, ge=0, description="Weight of the divergence from the original model.")
+    hidden: float = Field(0.0, ge=0, description="Weight of the squared distance to its last hidden states.")
+
+    def passes(self, blocks: Sequence[Block]) -> float:
+        """Return the passes of a run on 64 rows: three for each that is trained on, one for each kind of lesson."""
+        return 3 * self.steps * self.batch / _USUAL_ROWS + bool(self.distil) + bool(self.hidden)
+
+    def lessons(self, model: Model, data: Batch, session: Session) -> Lessons:
+        """Ask the recipe's first model, or ``model`` as it is now, for what the training is to match."""
+        from paredown.core.learning.healing import last_hidden
+        from paredown.core.learning.teacher import Teacher
+
+        if not self.steps or not (self.distil or self.hidden):
+            return None, None
+        with session.timed("teach"):
+            original = model if session.original is None else session.original()
+            teacher = states = None
+            if self.distil:
+                teacher = Teacher.collect(
+                    original.hf,
+                    data.input_ids,
+                    data.attention_mask,
+                    batch=self.batch,
+                    folder=session.place("teacher"),
+                    progress=session.progress,
+                )
+            if self.hidden:
+                states = last_hidden(original, data, batch=self.batch)
+        return teacher, states
+
+    def uptrain(self, model: Model, data: Batch, session: Session, lessons: Lessons, trainable: Trainable) -> None:
+        """Train ``model`` in place; see `healing.heal` for ``trainable``."""
+        from paredown.core.learning.healing import heal
+
+        if not self.steps:
+            return
+        teacher, states = lessons
+        with session.timed("train"):
+            fitted = heal(
+                model,
+                data,
+                steps=self.steps,
+                lr=self.lr,
+                batch=self.batch,
+                lm=self.lm,
+                teacher=teacher,
+                distil=self.distil,
+                states=states,
+                hidden=self.hidden,
+                trainable=trainable,
+                seed=session.seed,
+                folder=session.place("training"),
+                progress=session.progress,
+                what=self.name,
+            )
+        session.coverage["losses"] = [round(loss, 5) for loss in fitted.losses]

@@ -1,0 +1,1 @@
+"""Looking without changing: the residual stream walked block by block, effects of skips, readouts, expansions."""

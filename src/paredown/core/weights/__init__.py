@@ -1,0 +1,1 @@
+"""Single weights: which go to zero, and how few levels the others need."""
