@@ -47,6 +47,17 @@ def test_a_resumed_stage_counts_only_what_it_saw(monkeypatch):
         assert stream.getvalue() == "scoring: 60 %\nscoring: 80 %, 30 s left\n"
 
 
+def test_what_stands_behind_a_semicolon_may_change():
+    stream = io.StringIO()
+    with progress(stream) as report:
+        for done in range(101):
+            report(done, 100, f"healing; loss {1 / (1 + done):.3f}")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 11
+    assert lines[0] == "healing; loss 1.000: 0 %"
+    assert lines[-1] == "healing; loss 0.010: 100 %"
+
+
 def test_stages_are_told_apart():
     stream = io.StringIO()
     with progress(stream) as report:

@@ -18,7 +18,10 @@ STEPS = 10
 
 
 class Progress(Protocol):
-    """What the workflow calls: ``done`` of ``total`` units, and the stage in a few words."""
+    """What the workflow calls: ``done`` of ``total`` units, and the stage in a few words.
+
+    What stands behind a semicolon (a loss, the best so far) may change while the stage goes on.
+    """
 
     def __call__(self, done: int, total: int, what: str, /) -> None:
         """Tell how far the stage is."""
@@ -34,13 +37,17 @@ class _Stage:
 
     def goes_on(self, done: int, total: int, what: str) -> bool:
         """Whether a report belongs to this stage."""
-        return (what, total) == (self.what, self.total) and done >= self.done
+        return (_name(what), total) == (_name(self.what), self.total) and done >= self.done
 
     def seconds_left(self) -> float | None:
         """Time left at the pace so far; None before there is one."""
         if not self._base < self.done < self.total:
             return None
         return (time.monotonic() - self._began) / (self.done - self._base) * (self.total - self.done)
+
+
+def _name(what: str) -> str:
+    return what.partition("; ")[0]
 
 
 class Lines:
@@ -56,7 +63,7 @@ class Lines:
         if self._stage is None or not self._stage.goes_on(done, total, what):
             self.finish()
             self._stage, self._told = _Stage(done, total, what), -1
-        self._stage.done = done
+        self._stage.done, self._stage.what = done, what
         tenth = STEPS if total <= 0 else done * STEPS // total
         if tenth > self._told:
             self._tell(tenth)
@@ -90,8 +97,8 @@ class Bars:
             self.finish()
             self._stage = _Stage(done, total, what)
             self._task = self._bars.add_task(what, total=max(total, 1))
-        self._stage.done = done
-        self._bars.update(self._task, completed=done if total > 0 else 1)
+        self._stage.done, self._stage.what = done, what
+        self._bars.update(self._task, completed=done if total > 0 else 1, description=what)
 
     def finish(self) -> None:
         """Fill the bar of the stage that is over."""

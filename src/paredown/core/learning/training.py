@@ -313,7 +313,7 @@ def _trainer(
             # The Trainer keeps its history in the checkpoint, so a resumed run knows the losses before it.
             state.log_history.append({"loss": learner.spent, "step": state.global_step})
             if progress is not None:
-                progress(state.global_step, settings.steps, f"{what}: loss {learner.spent:.4g}")
+                progress(state.global_step, settings.steps, f"{what}; loss {learner.spent:.4g}")
             learner.spent = 0.0
 
     groups = [

@@ -192,7 +192,7 @@ class _Search:
         while self.generation < self.schedule.generations and self._affordable():
             if progress is not None:
                 best = self.population[0][0]
-                progress(self.generation, self.schedule.generations, f"search: best {best:.4g}")
+                progress(self.generation, self.schedule.generations, f"search; best {best:.4g}")
             if not self._generation():
                 break
         self.found.score, self.found.best = self.population[0]
