@@ -173,7 +173,8 @@ class Step:
         if self.heldout is None:
             return []
         judged = load_file(self.keeper.folder / "judged.safetensors")
-        return [intervals.score_perplexity(judged["before"], judged["after"]), intervals.score_kl(judged["kl"])]
+        moved = intervals.score_kl(judged["kl"]).model_copy(update={"name": "KL to the model before the step"})
+        return [intervals.score_perplexity(judged["before"], judged["after"]), moved]
 
 
 def rows_at_once(skeleton: Skeleton, heldout: Batch | None) -> int:
