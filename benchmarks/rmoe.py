@@ -25,7 +25,7 @@ from paredown.workflow.record import Interval
 
 QUESTION = "Half of the experts are gone: what does it help to train the routers, and does a memory over depth help?"
 GOAL = "both beat no training; recurrent minus linear is reported, whatever its sign"
-MODEL, DROPPERS, KEEP = "testbed:moe", ("random-experts", "dern"), 0.5
+MODEL, DROPPERS, KEEP = "testbed:moe", ("random-experts",), 0.5
 SEEDS, STEPS, SEQUENCES, LENGTH, HELDOUT = range(5), 100, 64, 128, 32
 CELLS: dict[str, dict[str, Any]] = {"linear": {"cell": "linear"}, "recurrent": {"cell": "gru"}}
 
