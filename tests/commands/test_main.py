@@ -11,7 +11,7 @@ import pytest
 from paredown import errors
 from paredown.commands import app
 
-COMMANDS = ("scan", "plan", "run", "eval", "compare", "generate", "methods", "show")
+COMMANDS = ("scan", "probe", "plan", "run", "eval", "compare", "generate", "methods", "show")
 
 
 @pytest.fixture
