@@ -94,13 +94,15 @@ def _whole(skeleton: Skeleton, method: WholeModelCompressor, recipe: Recipe) -> 
     one = _Rehearsal(skeleton, _Looking(keep=1.0), recipe, ()).forecast()
     passes = method.passes(skeleton.model.anatomy.language.blocks)
     held = sum(info.nbytes for info in skeleton.tensors.values())
-    copies = 1 + (4 if "training" in method.needs else 0)
+    # Weights are trained in fp32, with a gradient and two moments each, beside a teacher of the original size.
+    itemsize = torch.empty(0, dtype=skeleton.dtype).element_size()
+    copies = 2 + 16 / itemsize if "training" in method.needs else 1
     notes = [
         f"{method.name} works on the whole model in memory, with about {passes:,.0f} passes over {_USUAL_ROWS} "
         "calibration rows; peak memory and time are rough."
     ]
     seconds = one.seconds + passes * one.look_seconds * _USUAL_ROWS / max(1, recipe.data.sequences)
-    return Forecast(one.peak_memory_bytes + copies * held, seconds, [*one.notes, *notes])
+    return Forecast(one.peak_memory_bytes + int(copies * held), seconds, [*one.notes, *notes])
 
 
 @dataclass
