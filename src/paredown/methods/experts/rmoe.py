@@ -118,7 +118,10 @@ class RMoE(Policy):
             torch.manual_seed(seed)
             correction = self._fresh(model)
         runtime = Routers(self, model, correction)
-        sample = data.input_ids[:MEASURED_ROWS], None if data.attention_mask is None else data.attention_mask[:8]
+        sample = (
+            data.input_ids[:MEASURED_ROWS],
+            None if data.attention_mask is None else data.attention_mask[:MEASURED_ROWS],
+        )
         before = routing.spread(model, routing.traffic(model, *sample))
         task = _Training(self, runtime, data, self._taught(model, data, progress))
         settings = training.Settings(steps=self.steps, lr=self.lr, batch=self.batch, seed=seed, clip=1.0)
