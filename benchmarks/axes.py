@@ -29,8 +29,6 @@ from paredown.workflow.record import Interval
 
 QUESTION = "What does each method of this axis save and cost, on the same model and the same text?"
 GOAL = "every method of the axis in one table, failures included"
-BEDS: dict[str, str] = {}
-"""Where a method is put into the table of another testbed than its experiment's first."""
 ASKED = {"depth": "testbed:recall"}
 """Where facts are planted and asked for: the method does the same to that testbed."""
 LENGTH, ROWS, SAMPLE, QUESTIONS = 256, 48, 32, 200
@@ -136,7 +134,7 @@ def _lines(axis: str) -> dict[str, list[tuple[str, float, Mapping[str, Any]]]]:
             spec: policies.Run | quality.Experiment = policies.read(file).runs[0]
         else:
             spec = quality.read(file)
-        bed = BEDS.get(name, spec.model)
+        bed = spec.model
         found.setdefault(bed, []).append((name, spec.keeps[0], spec.fields))
         control = registry.control_for(name)
         shared = set(registry.get(control).model_fields) - {"keep", "seed"}

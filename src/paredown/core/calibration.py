@@ -15,7 +15,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -92,6 +92,11 @@ class Batch:
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
+
+    def take(self, rows: slice) -> Batch:
+        """Return some of the rows."""
+        mask = None if self.attention_mask is None else self.attention_mask[rows]
+        return replace(self, input_ids=self.input_ids[rows], attention_mask=mask)
 
     @property
     def tokens(self) -> int:

@@ -31,7 +31,7 @@ from paredown.core.edits import DropBlock, Edit
 from paredown.core.method import View
 from paredown.errors import OutputError
 
-__all__ = ["Journal", "StepKeeper", "check_out", "write_json", "write_tensors", "write_text"]
+__all__ = ["Journal", "StepKeeper", "check_out"]
 
 try:
     import fcntl

@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paredown.core import checkpoint, files, surgery
-from paredown.core.anatomy import Anatomy
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model, Skeleton
 from paredown.core.compression import Job, Watch, stream_for, stream_of
 from paredown.core.durable import write_tensors, write_text
-from paredown.core.edits import Edit, to_json
+from paredown.core.edits import to_json
 from paredown.core.method import Compressor, Outcome, Progress, WholeModelCompressor
 from paredown.core.resources import peak_memory
 from paredown.core.sequential import OnDisk, Stream
@@ -91,7 +90,7 @@ class Step:
             seed=self.seed,
             data=data.record() if data is not None else {},
             plan=planned,
-            changes=[LayerChange(**c) for c in _changes(self.method, outcome.edits, anatomy)],
+            changes=[LayerChange(**c) for c in plan.changes(self.method, outcome.edits, anatomy)],
             touched_share=outcome.touched_share,
             parameters_before=total,
             parameters_after=after.model.parameters(),
@@ -204,10 +203,6 @@ def reopened(folder: Path) -> Skeleton:
             f"the result was written but does not open again ({str(error).rstrip('.')}); "
             "it was not given its final name."
         ) from error
-
-
-def _changes(method: Compressor, edits: list[Edit], anatomy: Anatomy) -> list[dict[str, Any]]:
-    return plan.changes(method, edits, anatomy)
 
 
 def _passed(source: OnDisk, heldout: Batch) -> Stream:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from paredown.core.anatomy import Block, resolve
 from paredown.core.checkpoint import Model
 from paredown.core.dropped import DroppedMlp, stand_in
+from paredown.core.edits import DropBlock, DropSublayer, Edit
 from paredown.errors import ArchitectureError
 
 Kind = Literal["attention", "mlp", "block"]
@@ -27,6 +28,14 @@ def units(blocks: Iterable[Block], kinds: Iterable[Kind] = ("attention", "mlp"))
     """Return the units of some kinds that can be gated, by layer and then in the order of ``kinds``."""
     listed = tuple(kinds)
     return [(block.index, kind) for block in blocks for kind in listed if _has(block, kind)]
+
+
+def drops(gone: Iterable[Unit]) -> list[Edit]:
+    """Return the edits that take units out for good, by layer, attention before MLP."""
+    return [
+        DropBlock(layer=layer) if kind == "block" else DropSublayer(layer=layer, part=kind)
+        for layer, kind in sorted(gone)
+    ]
 
 
 class Gates:

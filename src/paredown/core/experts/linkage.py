@@ -22,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from paredown.errors import BudgetError
@@ -37,6 +38,13 @@ class Merge:
     distance: float
     first: int
     second: int
+
+
+def distances(rows: Tensor) -> Tensor:
+    """Return the Euclidean distances ``[E, E]`` between rows ``[E, H]`` of a router, in fp64 on the CPU."""
+    exact = rows.detach().double().cpu()
+    # By differences: products would leave equal rows a rounding error apart.
+    return torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def cluster(

@@ -39,27 +39,10 @@ class Uptrained(WholeModelCompressor):
         return 3 * self.steps * self.batch / _USUAL_ROWS + bool(self.distil) + bool(self.hidden)
 
     def lessons(self, model: Model, data: Batch, session: Session) -> Lessons:
-        """Ask the recipe's first model, or ``model`` as it is now, for what the training is to match."""
-        from paredown.core.learning.healing import last_hidden
-        from paredown.core.learning.teacher import Teacher
-
-        if not self.steps or not (self.distil or self.hidden):
+        """Ask for what the training is to match; see :func:`lessons`."""
+        if not self.steps:
             return None, None
-        with session.timed("teach"):
-            original = model if session.original is None else session.original()
-            teacher = states = None
-            if self.distil:
-                teacher = Teacher.collect(
-                    original.hf,
-                    data.input_ids,
-                    data.attention_mask,
-                    batch=self.batch,
-                    folder=session.place("teacher"),
-                    progress=session.progress,
-                )
-            if self.hidden:
-                states = last_hidden(original, data, batch=self.batch)
-        return teacher, states
+        return lessons(model, data, session, logits=bool(self.distil), states=bool(self.hidden), batch=self.batch)
 
     def uptrain(self, model: Model, data: Batch, session: Session, lessons: Lessons, trainable: Trainable) -> None:
         """Train ``model`` in place; see `healing.heal` for ``trainable``."""
@@ -87,3 +70,37 @@ class Uptrained(WholeModelCompressor):
                 what=self.name,
             )
         session.coverage["losses"] = [round(loss, 5) for loss in fitted.losses]
+
+
+def lessons(
+    model: Model, data: Batch, session: Session, *, logits: bool, states: bool, batch: int, top: int | None = None
+) -> Lessons:
+    """Ask the recipe's first model, or ``model`` as it is now, what it says of ``data``, and let go of it.
+
+    Parameters
+    ----------
+    logits, states : whether its logits and its last hidden states are asked for
+    batch : rows at once
+    top : logits that are kept for each token; None for all
+    """
+    from paredown.core.learning.healing import last_hidden
+    from paredown.core.learning.teacher import Teacher
+
+    if not (logits or states):
+        return None, None
+    with session.timed("teach"):
+        original = model if session.original is None else session.original()
+        teacher = hidden = None
+        if logits:
+            teacher = Teacher.collect(
+                original.hf,
+                data.input_ids,
+                data.attention_mask,
+                top=top,
+                batch=batch,
+                folder=session.place("teacher"),
+                progress=session.progress,
+            )
+        if states:
+            hidden = last_hidden(original, data, batch=batch)
+    return teacher, hidden

@@ -12,7 +12,6 @@ VITA-Group/LoCoCo. Different here, on purpose:
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,8 +19,6 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paredown.core import heads
@@ -30,7 +27,7 @@ from paredown.core.attention import Call, column_sums
 from paredown.core.cache import Entries, Store, packed
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
-from paredown.core.learning import training
+from paredown.core.learning import learned, training
 from paredown.core.method import Place, Policy, Progress, register
 from paredown.core.runtime import Runtime
 from paredown.errors import DataError, PolicyError
@@ -135,14 +132,9 @@ class LoCoCo(Policy):
             seed=seed,
         )
         task = _NextToken(told, model, mixers)
-        under_way = Path(folder) / "training"
-        training.fit(task, list(rows), settings, folder=under_way, progress=progress, what=self.name)
-        place = Path(folder) / _FILE
-        place.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in mixers.state_dict().items()}, place)
-        # Checkpoints know shapes and settings, not the text: other data must not find them.
-        shutil.rmtree(under_way, ignore_errors=True)
-        return told.model_copy(update={"weights": str(place)})
+        place = learned.under_way(folder)
+        training.fit(task, list(rows), settings, folder=place, progress=progress, what=self.name)
+        return told.model_copy(update={"weights": learned.keep(mixers.state_dict(), folder, _FILE)})
 
     def _mixers(self, model: Model) -> Mixers:
         assert self.slots is not None
@@ -159,18 +151,17 @@ class LoCoCo(Policy):
             raise PolicyError(f"{self.name} has convolutions but no number of slots; set slots.")
         with torch.random.fork_rng():
             mixers = self.model_copy(update={"slots": self.room})._mixers(model)
-        try:
-            mixers.load_state_dict(load_file(place, device=str(model.hf.device)))
-        except (OSError, SafetensorError) as error:
-            raise PolicyError(
-                f"{place} holds no convolutions that can be read ({error}); prepare them again."
-            ) from None
-        except RuntimeError:
-            raise PolicyError(
+        learned.restore(
+            mixers,
+            place,
+            device=str(model.hf.device),
+            unreadable=f"{place} holds no convolutions that can be read ({{}}); prepare them again.",
+            foreign=(
                 f"the convolutions in {place} were learned for another model or another number of slots than "
                 f"{self.room}; prepare them again."
-            ) from None
-        return mixers.requires_grad_(False)
+            ),
+        )
+        return mixers
 
 
 def fused_slots(slots: int, share: float) -> int:

@@ -25,9 +25,9 @@ from paredown.core.anatomy import Block
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.depth import bypass
-from paredown.core.depth.gates import Kind, Unit, gated, units
+from paredown.core.depth.gates import Kind, Unit, drops, gated, units
 from paredown.core.durable import write_text
-from paredown.core.edits import DropSublayer, Edit
+from paredown.core.edits import Edit
 from paredown.core.method import WholeModelCompressor, register
 from paredown.core.session import Session
 
@@ -62,7 +62,7 @@ class BlockPruner(WholeModelCompressor):
     def foretell(self, blocks: Sequence[Block]) -> list[Edit]:
         """Return as many drops as there will be, from the first on; which they are is not known."""
         listed = self._candidates(blocks)
-        return _edits(listed[: budget.removed(len(listed), self.keep)])
+        return drops(listed[: budget.removed(len(listed), self.keep)])
 
     def passes(self, blocks: Sequence[Block]) -> float:
         """Return half a pass for each candidate of each round."""
@@ -92,7 +92,7 @@ class BlockPruner(WholeModelCompressor):
                 if session.folder is not None:
                     session.folder.mkdir(parents=True, exist_ok=True)
                     write_text(session.folder / _ROUNDS, json.dumps({"whose": whose, "rounds": rounds}))
-        edits = _edits(sorted(gone))
+        edits = drops(gone)
         model.anatomy = surgery.apply_model(model.hf, model.anatomy, edits)
         session.coverage["rounds"] = rounds
         return edits
@@ -102,10 +102,6 @@ class BlockPruner(WholeModelCompressor):
             "attention": ("attention",), "mlp": ("mlp",), "joint": ("attention", "mlp")
         }  # fmt: skip
         return [unit for kind in kinds[self.part] for unit in units(blocks, [kind])]
-
-
-def _edits(dropped: Sequence[Unit]) -> list[Edit]:
-    return [DropSublayer(layer=layer, part="attention" if kind == "attention" else "mlp") for layer, kind in dropped]
 
 
 def _known(session: Session, whose: object) -> list[dict[str, Any]]:

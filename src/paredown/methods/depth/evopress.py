@@ -28,9 +28,9 @@ from paredown.core import budget, surgery
 from paredown.core.anatomy import Block
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
-from paredown.core.depth.gates import Unit, gated
+from paredown.core.depth.gates import Unit, drops, gated
 from paredown.core.depth.gates import units as units_of
-from paredown.core.edits import DropBlock, DropSublayer, Edit
+from paredown.core.edits import Edit
 from paredown.core.method import WholeModelCompressor, register
 from paredown.core.search import evolution, judging
 from paredown.core.search.evolution import Found, Schedule, Space, Stage, State, Swaps
@@ -95,7 +95,7 @@ class _DepthSearch(WholeModelCompressor):
             final = judge.score(found.best, judge.everything())
         gone = _gone(plan.units, found.best)
         session.coverage["search"] = _record(found, final, gone)
-        edits = [_edit(unit) for unit in gone]
+        edits = drops(gone)
         with session.timed("cut"):
             model.anatomy = surgery.apply_model(model.hf, model.anatomy, edits)
         return edits
@@ -107,7 +107,7 @@ class _DepthSearch(WholeModelCompressor):
         for group, ones in zip(plan.space.groups, plan.space.ones, strict=True):
             for unit in group[:ones]:
                 state[unit] = 1
-        return [_edit(unit) for unit in _gone(plan.units, tuple(state))]
+        return drops(_gone(plan.units, tuple(state)))
 
     def passes(self, blocks: Sequence[Block]) -> float:
         """Return what teacher and search take of a calibration set of the usual size."""
@@ -216,11 +216,6 @@ class EvoPressBlocks(_DepthSearch):
 
 def _gone(units: Sequence[Unit], state: State) -> list[Unit]:
     return [unit for unit, gone in zip(units, state, strict=True) if gone]
-
-
-def _edit(unit: Unit) -> Edit:
-    layer, kind = unit
-    return DropBlock(layer=layer) if kind == "block" else DropSublayer(layer=layer, part=kind)
 
 
 def _record(found: Found, final: float, gone: Sequence[Unit]) -> dict[str, Any]:

@@ -18,16 +18,12 @@ official code Yaxin9Luo/Gamma-MOD. Different here, on purpose:
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paredown.core import budget, draws
@@ -35,7 +31,7 @@ from paredown.core.attach import attach_runtimes
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.depth.around import Around, convertible, decoding, skipped
-from paredown.core.learning import training
+from paredown.core.learning import learned, training
 from paredown.core.learning.teacher import Teacher, real_predictions
 from paredown.core.looking.rank import attention_ranks
 from paredown.core.method import Place, Policy, Progress, register
@@ -155,16 +151,15 @@ class GammaMoD(Policy):
                 f"{self.name} was given {len(self.thresholds)} thresholds for {len(layers)} layers; give one for each."
             )
         router = _fresh(model)
-        try:
-            router.load_state_dict(load_file(self.weights, device=str(model.hf.device)))
-        except (OSError, SafetensorError) as error:
-            raise PolicyError(f"{self.weights} holds no router that can be read ({error}); prepare it again.") from None
-        except RuntimeError:
-            raise PolicyError(
-                f"the router in {self.weights} was trained for another model; prepare it again."
-            ) from None
+        learned.restore(
+            router,
+            self.weights,
+            device=str(model.hf.device),
+            unreadable=f"{self.weights} holds no router that can be read ({{}}); prepare it again.",
+            foreign=f"the router in {self.weights} was trained for another model; prepare it again.",
+        )
         thresholds = dict(zip(layers, self.thresholds, strict=True))
-        return Skips(self, model, thresholds, router.requires_grad_(False))
+        return Skips(self, model, thresholds, router)
 
     def prepare(
         self,
@@ -190,21 +185,17 @@ class GammaMoD(Policy):
         runtime = Skips(told, model, dict.fromkeys(layers, 0.0), router)
         task = Training(told, runtime, data, progress)
         settings = training.Settings(steps=self.steps, lr=self.lr, batch=self.batch, seed=seed, clip=1.0)
-        under_way = Path(folder) / "training"
+        place = learned.under_way(folder)
         with attach_runtimes(model, [runtime]):
-            fitted = training.fit(task, range(len(data)), settings, folder=under_way, progress=progress, what=self.name)
+            fitted = training.fit(task, range(len(data)), settings, folder=place, progress=progress, what=self.name)
             measured = runtime.tune(data)
-        place = Path(folder) / _FILE
-        place.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in router.state_dict().items()}, place)
-        # Checkpoints know shapes and settings, not the text: other data must not find them.
-        shutil.rmtree(under_way, ignore_errors=True)
+        weights = learned.keep(router.state_dict(), folder, _FILE)
         if fitted.losses:
             tenth = max(1, len(fitted.losses) // 10)
             measured["loss at first"] = sum(fitted.losses[:tenth]) / tenth
             measured["loss at last"] = sum(fitted.losses[-tenth:]) / tenth
         thresholds = tuple(runtime.thresholds[layer] for layer in layers)
-        update = {"weights": str(place), "thresholds": thresholds, "measured": tuple(measured.items())}
+        update = {"weights": weights, "thresholds": thresholds, "measured": tuple(measured.items())}
         return told.model_copy(update=update)
 
 

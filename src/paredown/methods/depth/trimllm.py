@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,9 +40,9 @@ from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model, below
 from paredown.core.depth import bypass
 from paredown.core.depth.bypass import Effect
-from paredown.core.depth.gates import Gates, Unit, gated, units
+from paredown.core.depth.gates import Gates, Unit, drops, gated, units
 from paredown.core.durable import write_json, write_tensors
-from paredown.core.edits import DropSublayer, Edit
+from paredown.core.edits import Edit
 from paredown.core.learning import healing, training
 from paredown.core.method import WholeModelCompressor, register
 from paredown.core.session import Session
@@ -74,7 +74,7 @@ class _Trim(WholeModelCompressor):
     def foretell(self, blocks: Sequence[Block]) -> list[Edit]:
         """Return as many drops as there will be, from the last block on; which they are is not known."""
         listed = units(blocks)
-        return _edits(listed[len(listed) - budget.removed(len(listed), self.keep) :])
+        return drops(listed[len(listed) - budget.removed(len(listed), self.keep) :])
 
     def passes(self, blocks: Sequence[Block]) -> float:
         """Return the passes of a run on 64 rows, a quarter of them scanned."""
@@ -95,7 +95,7 @@ class _Trim(WholeModelCompressor):
         with healing.widened(model), gated(model) as gates:
             work = _Work(self, model, gates, *_divided(data, self.scan), session)
             work.carry_out()
-        edits = _edits(work.dropped)
+        edits = drops(work.dropped)
         model.anatomy = surgery.apply_model(model.hf, model.anatomy, edits)
         session.coverage |= {
             "dropped": [list(unit) for unit in work.dropped],
@@ -328,13 +328,4 @@ def _put_back(model: Model, file: Path) -> None:
 def _divided(data: Batch, scan: int) -> tuple[Batch, Batch]:
     """Return rows to train on and rows to scan, the last ones: they are in no order."""
     count = max(1, min(scan, len(data) // 4))
-
-    def part(rows: slice) -> Batch:
-        mask = None if data.attention_mask is None else data.attention_mask[rows]
-        return replace(data, input_ids=data.input_ids[rows], attention_mask=mask)
-
-    return part(slice(0, len(data) - count)), part(slice(len(data) - count, None))
-
-
-def _edits(dropped: Sequence[Unit]) -> list[Edit]:
-    return [DropSublayer(layer=layer, part=kind) for layer, kind in sorted(dropped) if kind != "block"]
+    return data.take(slice(0, len(data) - count)), data.take(slice(len(data) - count, None))

@@ -16,14 +16,12 @@ Source: "Read-ME: Refactorizing LLMs as Router-Decoupled Mixture of Experts with
 from __future__ import annotations
 
 import math
-import shutil
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from paredown.core.calibration import Batch
@@ -31,7 +29,7 @@ from paredown.core.checkpoint import Model
 from paredown.core.experts import channels, domains
 from paredown.core.experts.channels import ChannelExperts, Chosen
 from paredown.core.experts.pregate import Imitate, Memory, Router, preferences
-from paredown.core.learning import training
+from paredown.core.learning import learned, training
 from paredown.core.method import Place, Policy, Progress, register
 from paredown.core.runtime import Pass
 from paredown.errors import DataError, PolicyError
@@ -106,17 +104,12 @@ class ReadMe(Policy):
         if targets is not None:
             task = Imitate(router, ids, mask, targets)
             settings = training.Settings(steps=self.steps, lr=self.lr, batch=self.batch, schedule=cosine, seed=seed)
-            under_way = Path(folder) / "training"
+            place = learned.under_way(folder)
             rows = range(len(ids))
-            training.fit(task, rows, settings, folder=under_way, progress=progress, what=f"{self.name}'s router")
-            # Checkpoints know shapes and settings, not the text: other data must not find them.
-            shutil.rmtree(under_way, ignore_errors=True)
-        place = Path(folder) / _FILE
-        place.parent.mkdir(parents=True, exist_ok=True)
+            training.fit(task, rows, settings, folder=place, progress=progress, what=f"{self.name}'s router")
         held = {f"{_MASKS}{layer}": one.to(torch.uint8) for layer, one in masks.items()}
-        held |= {f"{_ROUTER}{name}": t.detach().cpu().contiguous() for name, t in router.state_dict().items()}
-        save_file(held, place)
-        return self.model_copy(update={"weights": str(place)})
+        held |= {f"{_ROUTER}{name}": tensor for name, tensor in router.state_dict().items()}
+        return self.model_copy(update={"weights": learned.keep(held, folder, _FILE)})
 
     def _rows(self, model: Model, data: Batch | None, seed: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return rows of tokens, their mask, and the domain of each."""

@@ -15,7 +15,6 @@ paper trains models with such routers from scratch. The retrofit on a trained mo
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,8 +22,6 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paredown.core import budget, checkpoint
@@ -32,7 +29,7 @@ from paredown.core.attach import attach_runtimes
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.experts import routing
-from paredown.core.learning import training
+from paredown.core.learning import learned, training
 from paredown.core.learning.teacher import Teacher, real_predictions
 from paredown.core.method import Place, Policy, Progress, register
 from paredown.core.runtime import Pass, Runtime
@@ -125,15 +122,11 @@ class RMoE(Policy):
         before = routing.spread(model, routing.traffic(model, *sample))
         task = _Training(self, runtime, data, self._taught(model, data, progress))
         settings = training.Settings(steps=self.steps, lr=self.lr, batch=self.batch, seed=seed, clip=1.0)
-        under_way = Path(folder) / "training"
+        place = learned.under_way(folder)
         with attach_runtimes(model, [runtime]):
-            fitted = training.fit(task, range(len(data)), settings, folder=under_way, progress=progress, what=self.name)
+            fitted = training.fit(task, range(len(data)), settings, folder=place, progress=progress, what=self.name)
             after = routing.spread(model, routing.traffic(model, *sample))
-        place = Path(folder) / _FILE
-        place.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in correction.state_dict().items()}, place)
-        # Checkpoints know shapes and settings, not the text: other data must not find them.
-        shutil.rmtree(under_way, ignore_errors=True)
+        weights = learned.keep(correction.state_dict(), folder, _FILE)
         tenth = max(1, len(fitted.losses) // 10)
         told = [
             ("load entropy before", before[0]),
@@ -146,7 +139,7 @@ class RMoE(Policy):
                 ("loss at first", sum(fitted.losses[:tenth]) / tenth),
                 ("loss at last", sum(fitted.losses[-tenth:]) / tenth),
             ]
-        return self.model_copy(update={"weights": str(place), "measured": tuple(told)})
+        return self.model_copy(update={"weights": weights, "measured": tuple(told)})
 
     def changed(self, model: Model) -> list[int]:
         """Return the layers whose routers are corrected: the highest, all but the share that stays.
@@ -174,15 +167,14 @@ class RMoE(Policy):
     def _load(self, model: Model, place: Path) -> Correction:
         with torch.random.fork_rng():
             correction = self._fresh(model)
-        try:
-            correction.load_state_dict(load_file(place, device=str(model.hf.device)))
-        except (OSError, SafetensorError) as error:
-            raise PolicyError(f"{place} holds no routers that can be read ({error}); prepare them again.") from None
-        except RuntimeError:
-            raise PolicyError(
-                f"the routers in {place} were trained for another model, cell, width or keep; prepare them again."
-            ) from None
-        return correction.requires_grad_(False)
+        learned.restore(
+            correction,
+            place,
+            device=str(model.hf.device),
+            unreadable=f"{place} holds no routers that can be read ({{}}); prepare them again.",
+            foreign=f"the routers in {place} were trained for another model, cell, width or keep; prepare them again.",
+        )
+        return correction
 
     def _taught(self, model: Model, data: Batch, progress: Progress | None) -> Teacher | None:
         if not self.distil or not self.steps:

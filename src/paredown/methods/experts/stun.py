@@ -37,7 +37,7 @@ from torch import Tensor
 from paredown.core import budget
 from paredown.core.anatomy import Block
 from paredown.core.edits import Edit, KeepExperts
-from paredown.core.experts.linkage import Clusters, Linkage, cluster
+from paredown.core.experts.linkage import Clusters, Linkage, cluster, distances
 from paredown.core.experts.statistics import CoActivation
 from paredown.core.method import Compressor, Scores, View, register
 from paredown.core.ragged import expert_weights
@@ -77,10 +77,10 @@ class Stun(Compressor):
         """Return ``distance [E, E]`` (fp64) and ``tokens [E]``."""
         part = view.part.experts
         assert part is not None
-        rows = view.child(part.router).weight.detach().double().cpu()
-        apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        rows = view.child(part.router).weight
+        apart = distances(rows)
         if self.normalise:
-            apart /= rows.norm().clamp(min=1e-300)
+            apart /= rows.detach().double().cpu().norm().clamp(min=1e-300)
         together = seen["together"].double()
         mean = together.mean()
         distance = self.router * apart - self.coactivation * (together / mean if mean > 0 else together)

@@ -9,8 +9,7 @@ that are trained on, for nothing is decided here that training could profit from
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,7 +20,7 @@ from paredown.core.depth import bypass
 from paredown.core.depth.gates import gated, units
 from paredown.core.edits import ChangeWeights, Edit
 from paredown.core.learning import healing
-from paredown.core.learning.teacher import Teacher
+from paredown.core.learning.uptraining import lessons
 from paredown.core.method import WholeModelCompressor, register
 from paredown.core.session import Session
 from paredown.errors import DataError
@@ -71,7 +70,9 @@ class Healing(WholeModelCompressor):
             paths = tuple(model.anatomy.language.blocks[i].path for i in still)
             chosen = {name: p for name, p in chosen.items() if not below(name, paths)}
             session.coverage["frozen_blocks"] = list(still)
-        teacher, states = self._taught(model, data, session)
+        teacher, states = lessons(
+            model, data, session, logits=bool(self.distil), states=bool(self.hidden), batch=self.batch, top=self.top
+        )
         with session.timed("train"):
             fitted = healing.heal(
                 model,
@@ -117,34 +118,11 @@ class Healing(WholeModelCompressor):
         return 3 * self.steps * self.batch / _USUAL_ROWS + taught + looked
 
     def _still(self, model: Model, data: Batch) -> tuple[int, ...]:
-        some = replace(data, input_ids=data.input_ids[:_LOOKED_AT])
-        if data.attention_mask is not None:
-            some = replace(some, attention_mask=data.attention_mask[:_LOOKED_AT])
+        some = data.take(slice(_LOOKED_AT))
         blocks = model.anatomy.language.blocks
         with gated(model) as gates:
             effects = bypass.scan(model, gates, some, units(blocks))
         return bypass.frozen(blocks, effects, self.frozen, "loss")
-
-    def _taught(self, model: Model, data: Batch, session: Session) -> tuple[Teacher | None, Any]:
-        """Ask the recipe's first model, and let go of it; outside a recipe, the model as it is before the training."""
-        teacher = states = None
-        if not (self.distil or self.hidden):
-            return teacher, states
-        with session.timed("teach"):
-            original = model if session.original is None else session.original()
-            if self.distil:
-                teacher = Teacher.collect(
-                    original.hf,
-                    data.input_ids,
-                    data.attention_mask,
-                    top=self.top,
-                    batch=self.batch,
-                    folder=session.place("teacher"),
-                    progress=session.progress,
-                )
-            if self.hidden:
-                states = healing.last_hidden(original, data, batch=self.batch)
-        return teacher, states
 
 
 def _change(layer: int, count: int, method: Healing) -> ChangeWeights:

@@ -111,6 +111,18 @@ class Measure(ABC):
         return [value for row in self.rows if (value := row.values.get(key)) is not None]
 
 
+class OfExperts(Measure):
+    """A view of routed experts, which methods that remove or merge experts act on."""
+
+    def acts(self, entry: Entry) -> bool:
+        """Methods that remove or merge experts."""
+        return entry.unit == "experts"
+
+    def applies(self, part: Block) -> bool:
+        """Blocks with routed experts."""
+        return part.experts is not None
+
+
 def tidy(value: float | Tensor) -> float:
     """Round to six significant digits: more would differ between machines and say nothing.
 

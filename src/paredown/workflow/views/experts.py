@@ -14,9 +14,8 @@ from paredown.core.anatomy import Block
 from paredown.core.method import View
 from paredown.core.ragged import expert_weights
 from paredown.core.statistics import Observer
-from paredown.registry import Entry
 from paredown.workflow.scanned import Column, LayerRow, Suggestion
-from paredown.workflow.views.base import Measure, Seen, budget, carrying, shares, span, tidied, tidy
+from paredown.workflow.views.base import OfExperts, Seen, budget, carrying, shares, span, tidied, tidy
 
 TWIN = 0.9
 """From this similarity on an expert counts as nearly the same as its nearest twin."""
@@ -75,7 +74,7 @@ class Inputs(Observer):
         """Samples are no sums: each worker keeps its own."""
 
 
-class ExpertUse(Measure):
+class ExpertUse(OfExperts):
     """How routing spreads over experts."""
 
     name = "expert-use"
@@ -102,14 +101,6 @@ class ExpertUse(Measure):
         Column(key="tokens", title="tokens", kind="series", unit="share", meaning="share of choices; sums to 1"),
         Column(key="never", title="never seen", kind="units", unit="expert", meaning="experts never chosen"),
     )
-
-    def acts(self, entry: Entry) -> bool:
-        """Methods that remove or merge experts."""
-        return entry.unit == "experts"
-
-    def applies(self, part: Block) -> bool:
-        """Blocks with routed experts."""
-        return part.experts is not None
 
     def observe(self, view: View) -> list[Observer]:
         """Watch the router."""
@@ -162,7 +153,7 @@ class ExpertUse(Measure):
         ]
 
 
-class ExpertSimilarity(Measure):
+class ExpertSimilarity(OfExperts):
     """How much of an expert its nearest twin in the layer already holds."""
 
     name = "expert-similarity"
@@ -203,10 +194,6 @@ class ExpertSimilarity(Measure):
         ),
     )
     needs_data = False
-
-    def acts(self, entry: Entry) -> bool:
-        """Methods that remove or merge experts."""
-        return entry.unit == "experts"
 
     def applies(self, part: Block) -> bool:
         """Blocks with at least two routed experts."""

@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from paredown.core.anatomy import Block
-from paredown.core.experts.linkage import cluster, dendrogram
+from paredown.core.experts.linkage import cluster, dendrogram, distances
 from paredown.core.experts.statistics import CoActivation
 from paredown.core.method import View
 from paredown.core.statistics import Observer
 from paredown.errors import BudgetError
-from paredown.registry import Entry
 from paredown.workflow.scanned import Column, LayerRow, Suggestion
-from paredown.workflow.views.base import Measure, Seen, budget, carrying, percent, span, span_percent, tidied, tidy
+from paredown.workflow.views.base import OfExperts, Seen, budget, carrying, percent, span, span_percent, tidied, tidy
 
 NEAR = 0.5
 """Experts whose router rows are nearer than this share of the layer's mean distance count as one."""
 _TOTALS = {"keeps_75": 0.75, "keeps_50": 0.5}
 
 
-class ExpertCoactivation(Measure):
+class ExpertCoactivation(OfExperts):
     """Which experts the router chooses for the same tokens."""
 
     name = "expert-coactivation"
@@ -55,10 +54,6 @@ class ExpertCoactivation(Measure):
         ),
         Column(key="partner", title="partner", kind="units", unit="expert", meaning="each expert's commonest partner"),
     )
-
-    def acts(self, entry: Entry) -> bool:
-        """Methods that remove or merge experts."""
-        return entry.unit == "experts"
 
     def applies(self, part: Block) -> bool:
         """Blocks whose router chooses at least two of more experts."""
@@ -113,7 +108,7 @@ class ExpertCoactivation(Measure):
         return told, []
 
 
-class ExpertLinkage(Measure):
+class ExpertLinkage(OfExperts):
     """Which experts the router can hardly tell apart, and how many a common threshold would leave in each layer."""
 
     name = "expert-linkage"
@@ -157,10 +152,6 @@ class ExpertLinkage(Measure):
         self._distances: list[Tensor] = []
         self._least: list[int] = []
 
-    def acts(self, entry: Entry) -> bool:
-        """Methods that remove or merge experts."""
-        return entry.unit == "experts"
-
     def applies(self, part: Block) -> bool:
         """Blocks with at least two routed experts."""
         return part.experts is not None and part.experts.count > 1
@@ -169,8 +160,7 @@ class ExpertLinkage(Measure):
         """Cluster router rows."""
         part = view.part.experts
         assert part is not None
-        rows = view.child(part.router).weight.detach().double().cpu()
-        apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        apart = distances(view.child(part.router).weight)
         pairs = apart[tuple(torch.triu_indices(part.count, part.count, 1))]
         mean = float(pairs.mean())
         relative: npt.NDArray[np.float64] = (apart / mean if mean > 0 else apart).numpy()
