@@ -93,7 +93,7 @@ class Batch:
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
 
-    def take(self, rows: slice) -> Batch:
+    def take(self, rows: slice | list[int]) -> Batch:
         """Return some of the rows."""
         mask = None if self.attention_mask is None else self.attention_mask[rows]
         return replace(self, input_ids=self.input_ids[rows], attention_mask=mask)

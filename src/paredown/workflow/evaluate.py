@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from paredown.core import calibration, checkpoint, configs, files
+from paredown.core import calibration, checkpoint, configs, files, forward
 from paredown.core.attach import check_together
 from paredown.core.checkpoint import Model
 from paredown.core.method import Policy
@@ -442,8 +442,8 @@ def _stream(
     with torch.inference_mode(), checkpoint.quiet(), _evaluating(hf, reference):
         for start, stop in pairwise(starts):
             ids = input_ids[start:stop]
-            logits = _logits(hf, ids)
-            theirs = None if reference is None else _logits(reference, ids)
+            logits = forward.logits(hf, ids)
+            theirs = None if reference is None else forward.logits(reference, ids)
             # One row at a time in float32: whole batches would take several times the memory of the logits.
             for index, row in enumerate(ids):
                 log_q = functional.log_softmax(logits[index, :-1].float(), dim=-1)
@@ -457,11 +457,6 @@ def _stream(
     if reference is None:
         return torch.stack(own), None, None
     return torch.stack(own), torch.stack(other), torch.stack(divergence)
-
-
-def _logits(hf: PreTrainedModel, ids: Tensor) -> Tensor:
-    logits: Tensor = hf(input_ids=ids.to(hf.device), use_cache=False).logits
-    return logits
 
 
 def _picked(log_probabilities: Tensor, row: Tensor) -> Tensor:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paredown.core import checkpoint, files, surgery
+from paredown.core import checkpoint, files, forward, surgery
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model, Skeleton
 from paredown.core.compression import Job, Watch, stream_for, stream_of
@@ -219,12 +218,8 @@ def _passed(source: OnDisk, heldout: Batch) -> Stream:
 @torch.no_grad()
 def _logits(model: Model, heldout: Batch, rows: int) -> Iterator[Tensor]:
     """Yield the logits of a model in memory, ``rows`` sequences at a time."""
-    run: Callable[..., Any] = model.hf
-    device = next(model.hf.parameters()).device
-    masks = None if heldout.attention_mask is None else torch.split(heldout.attention_mask, rows)
-    for number, ids in enumerate(torch.split(heldout.input_ids, rows)):
-        mask = {} if masks is None else {"attention_mask": masks[number].to(device)}
-        yield run(input_ids=ids.to(device), use_cache=False, **mask).logits
+    for ids, mask in forward.batches(heldout, rows):
+        yield forward.logits(model.hf, ids, mask)
 
 
 def _write_streamed(keeper: StepKeeper, skeleton: Skeleton, outcome: Outcome) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paredown.core import budget
+from paredown.core import budget, forward
 from paredown.core.anatomy import Block, resolve
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
@@ -61,17 +61,17 @@ def scan(
     sums = {unit: _Sum() for unit in candidates}
     done, total = 0, len(candidates) * -(-len(data) // batch)
     try:
-        with looking(model.hf):
-            for ids, mask in batches(data, batch):
+        with forward.looking(model.hf):
+            for ids, mask in forward.batches(data, batch):
                 gates.drop(gone)
                 with _entered(blocks) as entering:
-                    run(model, ids, mask)
+                    forward.logits(model.hf, ids, mask)
                 for unit, found in sums.items():
                     layer = unit[0]
                     earlier: list[Unit] = [(i, "block") for i in range(layer)]
                     gates.drop([*earlier, *(other for other in gone if other[0] >= layer), unit])
                     with _entering(blocks[layer], entering[layer]):
-                        found.add(run(model, ids, mask), ids, mask)
+                        found.add(forward.logits(model.hf, ids, mask), ids, mask)
                     done += 1
                     if tell is not None:
                         tell(done, total)
@@ -83,9 +83,9 @@ def scan(
 def measure(model: Model, data: Batch, *, batch: int = 8) -> Effect:
     """Measure the prediction of the next token as the model is now."""
     found = _Sum()
-    with looking(model.hf):
-        for ids, mask in batches(data, batch):
-            found.add(run(model, ids, mask), ids, mask)
+    with forward.looking(model.hf):
+        for ids, mask in forward.batches(data, batch):
+            found.add(forward.logits(model.hf, ids, mask), ids, mask)
     return found.effect()
 
 
@@ -170,13 +170,13 @@ def output_norms(
     ]
     rows = 0
     try:
-        with looking(model.hf):
-            for number, (ids, mask) in enumerate(batches(data, batch)):
+        with forward.looking(model.hf):
+            for number, (ids, mask) in enumerate(forward.batches(data, batch)):
                 if number == most:
                     break
                 shape, current[0] = ids.shape, mask
                 rows += len(ids)
-                run(model, ids, mask)
+                forward.logits(model.hf, ids, mask)
     finally:
         for handle in handles:
             handle.remove()
@@ -200,32 +200,3 @@ def frozen(blocks: Sequence[Block], effects: Mapping[Unit, Effect], share: float
 
 def _part(block: Block, kind: str) -> Any:
     return block.attention if kind == "attention" else block.mlp or block.experts
-
-
-@contextmanager
-def looking(hf: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode afterwards."""
-    modes = [(module, module.training) for module in hf.modules()]
-    try:
-        hf.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def batches(data: Batch, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield ids ``[b, T]`` and mask."""
-    for start in range(0, len(data), size):
-        part = slice(start, start + size)
-        yield data.input_ids[part], None if data.attention_mask is None else data.attention_mask[part]
-
-
-def run(model: Model, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Return logits ``[b, T, V]``, without a cache."""
-    hf: Any = model.hf
-    arguments = {} if mask is None else {"attention_mask": mask.long().to(hf.device)}
-    logits = hf(input_ids=ids.to(hf.device), use_cache=False, **arguments).logits
-    assert isinstance(logits, Tensor)
-    return logits

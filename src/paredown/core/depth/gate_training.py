@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paredown.core import forward
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.depth.gates import Factor, Gates, Unit
 from paredown.core.learning import training
-from paredown.core.learning.teacher import real_predictions
+from paredown.core.learning.objective import text_loss
 
 FIRST_EPS, LAST_EPS = 0.1, 1e-3
 
@@ -62,12 +62,8 @@ class GateTask(training.Task[int]):
         open_ = self.learned.gates()
         factors: dict[Unit, Factor] = {(i, "block"): g.to(self.hf.dtype) for i, g in enumerate(open_)}
         self.gates.set(factors)
-        ids = self.data.input_ids[rows].to(self.hf.device)
-        mask = None if self.data.attention_mask is None else self.data.attention_mask[rows].to(self.hf.device)
-        logits = self.hf(input_ids=ids, use_cache=False, **({} if mask is None else {"attention_mask": mask})).logits
-        real = real_predictions(ids, mask).to(ids.device)
-        answers = ids[:, 1:].masked_fill(~real, -100)
-        text = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), answers.flatten(), ignore_index=-100)
+        some = self.data.take(rows)
+        text = text_loss(forward.logits(self.hf, some.input_ids, some.attention_mask), self.data, rows)
         over = (self.shares * open_).sum() - self.target
         return text + self.strength * self.learned.progress() * over**2
 

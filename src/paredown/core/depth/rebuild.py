@@ -12,15 +12,15 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paredown.core import anatomy as anatomies
+from paredown.core import forward
 from paredown.core.anatomy import resolve
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
-from paredown.core.depth.bypass import batches, run
+from paredown.core.learning.objective import next_token
 from paredown.core.learning.teacher import real_predictions
 from paredown.errors import ArchitectureError, UsageError
 
@@ -90,12 +90,10 @@ def gradient_norms(model: Model, data: Batch, *, batch: int = 4) -> list[float]:
         for parameter, _, _ in wanted:
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in learned and parameter.is_floating_point())
-        for ids, mask in batches(data, batch):
+        for ids, mask in forward.batches(data, batch):
             with torch.enable_grad():
-                logits = run(model, ids, mask)[:, :-1]
-                real = real_predictions(ids, mask).to(logits.device)
-                answers = ids[:, 1:].to(logits.device).masked_fill(~real, -100)
-                F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten(), reduction="sum").backward()  # type: ignore[no-untyped-call]
+                text = next_token(forward.logits(model.hf, ids, mask), ids, mask)
+                (text * real_predictions(ids, mask).sum()).backward()  # type: ignore[no-untyped-call]
         squares = [
             sum(float(p.grad.float().pow(2).sum()) for p in b.parameters() if p.grad is not None) for b in blocks
         ]
@@ -103,7 +101,7 @@ def gradient_norms(model: Model, data: Batch, *, batch: int = 4) -> list[float]:
         for parameter, requires, grad in wanted:
             parameter.requires_grad_(requires)
             parameter.grad = grad
-    tokens = max(1, int(sum(real_predictions(ids, mask).sum() for ids, mask in batches(data, batch))))
+    tokens = max(1, int(sum(real_predictions(ids, mask).sum() for ids, mask in forward.batches(data, batch))))
     return [math.sqrt(square) / tokens for square in squares]
 
 

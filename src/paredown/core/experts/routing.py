@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from paredown.core import forward
 from paredown.core.anatomy import resolve
 from paredown.core.checkpoint import Model
 from paredown.errors import ArchitectureError
@@ -159,12 +160,9 @@ def traffic(model: Model, ids: Tensor, mask: Tensor | None = None, *, batch: int
         for layer in found:
             handles.append(router(model, layer).register_forward_hook(watch(layer)))
         for start in range(0, len(ids), batch):
-            part, told = ids[start : start + batch].to(model.hf.device), {}
-            real[0] = None
-            if mask is not None:
-                told["attention_mask"] = mask[start : start + batch].to(model.hf.device)
-                real[0] = mask[start : start + batch].flatten().bool().cpu()
-            model.hf(input_ids=part, use_cache=False, **told)
+            some = None if mask is None else mask[start : start + batch]
+            real[0] = None if some is None else some.flatten().bool().cpu()
+            forward.logits(model.hf, ids[start : start + batch], some)
     finally:
         for handle in handles:
             handle.remove()

@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paredown.core import audit
+from paredown.core import audit, forward
 from paredown.core.blocks import is_norm, resolve
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model, below
-from paredown.core.depth.bypass import run
 from paredown.core.learning import training
-from paredown.core.learning.teacher import Teacher, real_predictions
+from paredown.core.learning.objective import text_loss
+from paredown.core.learning.teacher import Teacher
 from paredown.core.learning.training import Fitted, Settings
 from paredown.core.method import Progress
 from paredown.errors import ArchitectureError, UsageError
@@ -151,10 +150,9 @@ def held(chosen: dict[str, nn.Parameter]) -> nn.ParameterDict:
 def last_hidden(model: Model, data: Batch, *, batch: int = 4) -> Tensor:
     """Return what the head reads, ``[N, T, H]`` on the CPU in the model's dtype: a teacher's last hidden states."""
     found = []
-    for start in range(0, len(data), batch):
+    for ids, mask in forward.batches(data, batch):
         with _listening(model) as seen:
-            part = slice(start, start + batch)
-            run(model, data.input_ids[part], None if data.attention_mask is None else data.attention_mask[part])
+            forward.logits(model.hf, ids, mask)
         found.append(seen[-1].cpu())
     return torch.cat(found)
 
@@ -188,20 +186,11 @@ class _Healing(training.Task[int]):
 
     def loss(self, rows: list[int]) -> Tensor:
         """Return the weighted sum of the losses that have a weight."""
-        ids = self.data.input_ids[rows]
-        mask = None if self.data.attention_mask is None else self.data.attention_mask[rows]
+        some = self.data.take(rows)
+        mask = some.attention_mask
         with _listening(self.model, wanted=bool(self.hidden)) as seen:
-            logits = run(self.model, ids, mask)
-        real = real_predictions(ids, mask).to(logits.device)
-        count = real.sum().clamp_min(1)
-        total = logits.new_zeros((), dtype=torch.float32)
-        if self.lm:
-            answers = ids[:, 1:].to(logits.device).masked_fill(~real, -100)
-            summed = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), answers.flatten(), reduction="sum")
-            total = total + self.lm * summed / count
-        if self.distil and self.teacher is not None:
-            divergence = self.teacher.kl(logits, rows)
-            total = total + self.distil * (divergence * real).sum() / count
+            logits = forward.logits(self.model.hf, some.input_ids, mask)
+        total = text_loss(logits, self.data, rows, lm=self.lm, teacher=self.teacher, distil=self.distil)
         if self.hidden and self.states is not None:
             taught = self.states[rows].to(logits.device).float()
             apart = (seen[-1].float() - taught).pow(2).mean(-1)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from paredown.core import audit
+from paredown.core import audit, forward
 from paredown.core.durable import write_json, write_tensors
 from paredown.errors import BudgetError, OutputError, UsageError
 
@@ -113,7 +113,9 @@ class Teacher:
             file = None if place is None else place / f"logits-{start // step:05d}.safetensors"
             if file is None or not file.exists():
                 rows = slice(start, start + step)
-                found = _shorten(_logits(hf, ids[rows], None if mask is None else mask[rows])[:, :-1], top, dtype)
+                with torch.no_grad():
+                    said = forward.logits(hf, ids[rows], None if mask is None else mask[rows])
+                found = _shorten(said[:, :-1], top, dtype)
                 if file is None:
                     parts.append(_Part(found))
                     continue
@@ -245,7 +247,7 @@ def fitness(
         part = ids[some, :length]
         real = None if mask is None else mask[some, :length]
         with torch.no_grad():
-            logits = _logits(hf, part, real)
+            logits = forward.logits(hf, part, real)
             if kind == "kl":
                 assert teacher is not None
                 values = teacher.kl(logits, some)
@@ -307,21 +309,10 @@ def _again(function: Callable[..., Tensor], logits: Tensor, *others: Tensor | No
     return again
 
 
-@torch.no_grad()
-def _logits(hf: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Run a model without cache; ``[B, T, V]`` on its device."""
-    device = next(hf.parameters()).device
-    arguments: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
-    if mask is not None:
-        arguments["attention_mask"] = mask.long().to(device)
-    logits = hf(**arguments).logits
-    assert isinstance(logits, Tensor)
-    return logits
-
-
 def _vocabulary(hf: nn.Module, ids: Tensor) -> int:
     """Return how many logits the model gives, which may be more than its tokenizer has tokens."""
-    return int(_logits(hf, ids[:1, :2], None).shape[-1])
+    with torch.no_grad():
+        return int(forward.logits(hf, ids[:1, :2]).shape[-1])
 
 
 def _dtype(count: int) -> torch.dtype:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paredown.core import forward
 from paredown.core.attach import attach_runtimes
 from paredown.core.attention import Call, probabilities, visible
 from paredown.core.calibration import Batch
@@ -60,7 +61,7 @@ def attention_ranks(model: Model, data: Batch, *, samples: int = 16, length: int
             if len(row) < 2:
                 continue
             seen += 1
-            model.hf(input_ids=row[None, :length].to(model.hf.device), use_cache=False)
+            forward.logits(model.hf, row[None, :length])
     if not seen:
         raise DataError("the rank of attention maps needs rows of two tokens or more; give longer calibration data.")
     if not look.found:

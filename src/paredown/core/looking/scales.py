@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paredown.core import forward
 from paredown.core.checkpoint import Model
 from paredown.core.depth.gates import Factor, Kind, Unit, gated
 from paredown.core.looking.walk import Tokens
@@ -49,9 +50,7 @@ def divergences(model: Model, rows: Rows, settings: Sequence[Mapping[Unit, Facto
 
 
 def _distribution(model: Model, ids: Tensor, mask: Tensor | None) -> Tensor:
-    device = model.hf.device
-    given = {"input_ids": ids.to(device)} | ({"attention_mask": mask.to(device)} if mask is not None else {})
-    return F.log_softmax(model.hf(**given, use_cache=False).logits.float(), -1)
+    return F.log_softmax(forward.logits(model.hf, ids, mask).float(), -1)
 
 
 def attributions(model: Model, rows: Rows, steps: int) -> Tensor:

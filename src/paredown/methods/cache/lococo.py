@@ -107,11 +107,8 @@ class LoCoCo(Policy):
         """Return the policy with learned convolutions. Weights that were given stay."""
         if self.inert or self.blend == 0 or self.weights is not None:
             return self
-        if data is None:
-            raise DataError(f"{self.name} learns from text; give it calibration data.")
-        if folder is None:
-            raise PolicyError(f"{self.name} keeps its convolutions in a file; give prepare a folder.")
-        rows = data.input_ids
+        rows = learned.text(self.name, data).input_ids
+        folder = learned.place(self.name, folder, what="convolutions")
         told = self if self.room is not None else self.model_copy(update={"length": int(rows.shape[1])})
         told = told.model_copy(update={"slots": told.room})
         assert told.slots is not None
@@ -132,8 +129,7 @@ class LoCoCo(Policy):
             seed=seed,
         )
         task = _NextToken(told, model, mixers)
-        place = learned.under_way(folder)
-        training.fit(task, list(rows), settings, folder=place, progress=progress, what=self.name)
+        learned.fit(task, list(rows), settings, folder=folder, progress=progress, what=self.name)
         return told.model_copy(update={"weights": learned.keep(mixers.state_dict(), folder, _FILE)})
 
     def _mixers(self, model: Model) -> Mixers:

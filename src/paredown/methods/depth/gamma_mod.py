@@ -19,20 +19,21 @@ official code Yaxin9Luo/Gamma-MOD. Different here, on purpose:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from paredown.core import budget, draws
+from paredown.core import budget, draws, forward
 from paredown.core.attach import attach_runtimes
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.depth.around import Around, convertible, decoding, skipped
 from paredown.core.learning import learned, training
-from paredown.core.learning.teacher import Teacher, real_predictions
+from paredown.core.learning.objective import text_loss
+from paredown.core.learning.teacher import Teacher
 from paredown.core.looking.rank import attention_ranks
 from paredown.core.method import Place, Policy, Progress, register
 from paredown.core.runtime import Pass, Runtime
@@ -173,10 +174,8 @@ class GammaMoD(Policy):
         """Return the policy with layers, router and thresholds. What was given stays."""
         if self.inert or (self.layers is not None and self.weights is not None and self.thresholds is not None):
             return self
-        if data is None:
-            raise DataError(f"{self.name} learns from text; give it calibration data.")
-        if folder is None:
-            raise PolicyError(f"{self.name} keeps its router in a file; give prepare a folder.")
+        data = learned.text(self.name, data)
+        folder = learned.place(self.name, folder, what="router")
         layers, ranks = self.chosen(model, data)
         told = self.model_copy(update={"layers": layers, "ranks": ranks})
         with torch.random.fork_rng():
@@ -185,15 +184,10 @@ class GammaMoD(Policy):
         runtime = Skips(told, model, dict.fromkeys(layers, 0.0), router)
         task = Training(told, runtime, data, progress)
         settings = training.Settings(steps=self.steps, lr=self.lr, batch=self.batch, seed=seed, clip=1.0)
-        place = learned.under_way(folder)
         with attach_runtimes(model, [runtime]):
-            fitted = training.fit(task, range(len(data)), settings, folder=place, progress=progress, what=self.name)
-            measured = runtime.tune(data)
+            fitted = learned.fit(task, range(len(data)), settings, folder=folder, progress=progress, what=self.name)
+            measured = runtime.tune(data) | learned.ends(fitted.losses)
         weights = learned.keep(router.state_dict(), folder, _FILE)
-        if fitted.losses:
-            tenth = max(1, len(fitted.losses) // 10)
-            measured["loss at first"] = sum(fitted.losses[:tenth]) / tenth
-            measured["loss at last"] = sum(fitted.losses[-tenth:]) / tenth
         thresholds = tuple(runtime.thresholds[layer] for layer in layers)
         update = {"weights": weights, "thresholds": thresholds, "measured": tuple(measured.items())}
         return told.model_copy(update=update)
@@ -303,12 +297,10 @@ class Skips(Around):
 
     def listen(self, data: Batch, rows: slice | list[int]) -> tuple[Tensor, dict[int, Heard]]:
         """Read rows of the data; return the logits and what the router said."""
-        hf: Any = self.model.hf
-        told = {} if data.attention_mask is None else {"attention_mask": data.attention_mask[rows].to(hf.device)}
+        some = data.take(rows)
         self.listening = True
         try:
-            logits = hf(input_ids=data.input_ids[rows].to(hf.device), use_cache=False, **told).logits
-            return logits, self.heard
+            return forward.logits(self.model.hf, some.input_ids, some.attention_mask), self.heard
         finally:
             self.listening, self.heard = False, {}
 
@@ -376,15 +368,9 @@ class Training(training.Task[int]):
         self.runtime.by_count = True
         logits, heard = self.runtime.listen(self.data, rows)
         self.runtime.by_count = False
-        ids, mask = self.data.input_ids[rows], self.data.attention_mask
-        counted = real_predictions(ids, None if mask is None else mask[rows]).to(logits.device)
-        total = logits.new_zeros((), dtype=torch.float32)
+        policy = self.policy
+        total = text_loss(logits, self.data, rows, lm=policy.lm, teacher=self.teacher, distil=policy.distil)
         for one in heard.values():
             chosen = F.cross_entropy(one.logits[one.real], (~one.gone[one.real]).long())
-            total = total + self.policy.auxiliary * chosen
-        if self.policy.lm:
-            wanted = ids[:, 1:].to(logits.device)
-            total = total + self.policy.lm * F.cross_entropy(logits[:, :-1].float()[counted], wanted[counted])
-        if self.teacher is not None:
-            total = total + self.policy.distil * self.teacher.kl(logits, rows)[counted].mean()
+            total = total + policy.auxiliary * chosen
         return total

@@ -90,8 +90,7 @@ class ReadMe(Policy):
         """Return the policy with experts and a learned router. Weights that were given stay."""
         if self.inert or self.weights is not None:
             return self
-        if folder is None:
-            raise PolicyError(f"{self.name} keeps its channels and its router in a file; give prepare a folder.")
+        folder = learned.place(self.name, folder, what="channels and its router")
         sizes = channels.widths(model, self.keep)
         ids, mask, belongs = self._rows(model, data, seed)
         count = int(belongs.max()) + 1
@@ -104,9 +103,8 @@ class ReadMe(Policy):
         if targets is not None:
             task = Imitate(router, ids, mask, targets)
             settings = training.Settings(steps=self.steps, lr=self.lr, batch=self.batch, schedule=cosine, seed=seed)
-            place = learned.under_way(folder)
-            rows = range(len(ids))
-            training.fit(task, rows, settings, folder=place, progress=progress, what=f"{self.name}'s router")
+            rows, what = range(len(ids)), f"{self.name}'s router"
+            learned.fit(task, rows, settings, folder=folder, progress=progress, what=what)
         held = {f"{_MASKS}{layer}": one.to(torch.uint8) for layer, one in masks.items()}
         held |= {f"{_ROUTER}{name}": tensor for name, tensor in router.state_dict().items()}
         return self.model_copy(update={"weights": learned.keep(held, folder, _FILE)})

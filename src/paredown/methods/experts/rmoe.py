@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from paredown.core import budget, checkpoint
+from paredown.core import budget, checkpoint, forward
 from paredown.core.attach import attach_runtimes
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.experts import routing
 from paredown.core.learning import learned, training
-from paredown.core.learning.teacher import Teacher, real_predictions
+from paredown.core.learning.objective import text_loss
+from paredown.core.learning.teacher import Teacher
 from paredown.core.method import Place, Policy, Progress, register
 from paredown.core.runtime import Pass, Runtime
-from paredown.errors import ArchitectureError, DataError, PolicyError
+from paredown.errors import ArchitectureError, PolicyError
 
 _FILE = "routers.safetensors"
 _MEMORY = "rmoe.memory"
@@ -107,39 +107,24 @@ class RMoE(Policy):
         """Return the policy with a trained correction. Weights that were given stay."""
         if self.inert or self.weights is not None:
             return self
-        if data is None:
-            raise DataError(f"{self.name} learns from text; give it calibration data.")
-        if folder is None:
-            raise PolicyError(f"{self.name} keeps its routers in a file; give prepare a folder.")
+        data = learned.text(self.name, data)
+        folder = learned.place(self.name, folder, what="routers")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             correction = self._fresh(model)
         runtime = Routers(self, model, correction)
-        sample = (
-            data.input_ids[:MEASURED_ROWS],
-            None if data.attention_mask is None else data.attention_mask[:MEASURED_ROWS],
-        )
-        before = routing.spread(model, routing.traffic(model, *sample))
+        sample = data.take(slice(MEASURED_ROWS))
+        before = _spread(model, sample)
         task = _Training(self, runtime, data, self._taught(model, data, progress))
         settings = training.Settings(steps=self.steps, lr=self.lr, batch=self.batch, seed=seed, clip=1.0)
-        place = learned.under_way(folder)
         with attach_runtimes(model, [runtime]):
-            fitted = training.fit(task, range(len(data)), settings, folder=place, progress=progress, what=self.name)
-            after = routing.spread(model, routing.traffic(model, *sample))
+            fitted = learned.fit(task, range(len(data)), settings, folder=folder, progress=progress, what=self.name)
+            after = _spread(model, sample)
         weights = learned.keep(correction.state_dict(), folder, _FILE)
-        tenth = max(1, len(fitted.losses) // 10)
-        told = [
-            ("load entropy before", before[0]),
-            ("load entropy after", after[0]),
-            ("mutual information before", before[1]),
-            ("mutual information after", after[1]),
-        ]
-        if fitted.losses:
-            told += [
-                ("loss at first", sum(fitted.losses[:tenth]) / tenth),
-                ("loss at last", sum(fitted.losses[-tenth:]) / tenth),
-            ]
-        return self.model_copy(update={"weights": weights, "measured": tuple(told)})
+        told = {f"{what} before": value for what, value in before.items()}
+        told |= {f"{what} after": value for what, value in after.items()}
+        told |= learned.ends(fitted.losses)
+        return self.model_copy(update={"weights": weights, "measured": tuple(told.items())})
 
     def changed(self, model: Model) -> list[int]:
         """Return the layers whose routers are corrected: the highest, all but the share that stays.
@@ -310,24 +295,19 @@ class _Training(training.Task[int]):
         return [training.Group(list((correction if self.policy.learns_memory else correction.write).parameters()))]
 
     def loss(self, rows: list[int]) -> Tensor:
-        ids, mask = self.data.input_ids[rows], self.data.attention_mask
-        mask = None if mask is None else mask[rows]
-        device, told = self.hf.device, {}
-        if mask is not None:
-            told["attention_mask"] = mask.to(device)
+        some = self.data.take(rows)
         self.runtime.listening = True
         try:
-            logits = self.hf(input_ids=ids.to(device), use_cache=False, **told).logits
+            logits = forward.logits(self.hf, some.input_ids, some.attention_mask)
         finally:
             self.runtime.listening = False
         heard, self.runtime.heard = self.runtime.heard, []
-        counted = real_predictions(ids, mask).to(device)
         top_k = max(part.experts.top_k for part in self.runtime.model.anatomy.language.blocks if part.experts)
-        real = None if mask is None else mask.flatten().bool().to(device)
-        total = self.policy.balance * routing.balance(heard, top_k, real)
-        if self.teacher is not None:
-            total = total + self.policy.distil * self.teacher.kl(logits, rows)[counted].mean()
-        if self.lm:
-            wanted = ids[:, 1:].to(device)
-            total = total + self.lm * F.cross_entropy(logits[:, :-1].float()[counted], wanted[counted])
-        return total
+        real = None if some.attention_mask is None else some.attention_mask.flatten().bool().to(logits.device)
+        text = text_loss(logits, self.data, rows, lm=self.lm, teacher=self.teacher, distil=self.policy.distil)
+        return text + self.policy.balance * routing.balance(heard, top_k, real)
+
+
+def _spread(model: Model, data: Batch) -> dict[str, float]:
+    sent = routing.traffic(model, data.input_ids, data.attention_mask)
+    return dict(zip(("load entropy", "mutual information"), routing.spread(model, sent), strict=True))
