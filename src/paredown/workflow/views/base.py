@@ -122,6 +122,22 @@ class OfExperts(Measure):
         """Blocks with routed experts."""
         return part.experts is not None
 
+    def row(
+        self,
+        view: View,
+        values: dict[str, float | None],
+        *,
+        series: dict[str, list[float]] | None = None,
+        units: dict[str, list[int]] | None = None,
+    ) -> LayerRow:
+        """Return the row of a block's experts."""
+        part = view.part.experts
+        assert part is not None
+        index, count = view.part.index, part.count
+        return LayerRow(
+            layer=index, part="routed experts", count=count, values=values, series=series or {}, units=units or {}
+        )
+
 
 def tidy(value: float | Tensor) -> float:
     """Round to six significant digits: more would differ between machines and say nothing.

@@ -122,16 +122,7 @@ class ExpertUse(OfExperts):
             "top_k": float(part.top_k),
         }
         series = {"mass": tidied(mass), "tokens": tidied(load)}
-        return [
-            LayerRow(
-                layer=view.part.index,
-                part="routed experts",
-                count=part.count,
-                values=values,
-                series=series,
-                units={"never": never},
-            )
-        ]
+        return [self.row(view, values, series=series, units={"never": never})]
 
     def read(self) -> tuple[str, list[Suggestion]]:
         """Name the experts that carry most, and those never seen."""
@@ -231,16 +222,7 @@ class ExpertSimilarity(OfExperts):
             best, twin = nearest(output_similarity(module, part.count, seen["inputs"]))
             values |= {"output_twins": tidy(best.mean()), "output_highest": tidy(best.max())}
             series["by_output"], units["output_twin"] = tidied(best), twin.tolist()
-        return [
-            LayerRow(
-                layer=view.part.index,
-                part="routed experts",
-                count=part.count,
-                values=values,
-                series=series,
-                units=units,
-            )
-        ]
+        return [self.row(view, values, series=series, units=units)]
 
     def read(self) -> tuple[str, list[Suggestion]]:
         """Say how many experts have a near twin."""

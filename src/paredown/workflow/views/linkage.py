@@ -82,11 +82,9 @@ class ExpertCoactivation(OfExperts):
             "never": tidy((pairs == 0).double().mean()),
         }
         return [
-            LayerRow(
-                layer=view.part.index,
-                part="routed experts",
-                count=part.count,
-                values=values,
+            self.row(
+                view,
+                values,
                 series={"with_partner": tidied(best / tokens.clamp(min=1))},
                 units={"partner": partner.tolist()},
             )
@@ -172,15 +170,7 @@ class ExpertLinkage(OfExperts):
             "near": float(part.count - sum(height <= NEAR for height in heights)),
             **dict.fromkeys(_TOTALS),
         }
-        return [
-            LayerRow(
-                layer=view.part.index,
-                part="routed experts",
-                count=part.count,
-                values=values,
-                series={"merges": tidied(heights)},
-            )
-        ]
+        return [self.row(view, values, series={"merges": tidied(heights)})]
 
     def read(self) -> tuple[str, list[Suggestion]]:
         """Share two budgets out over the layers by one threshold."""
