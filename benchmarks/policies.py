@@ -36,12 +36,13 @@ class PolicyExperiment(Frozen):
 
 
 class Outcome(Frozen):
-    """One comparison's rows: the policy, its control, sink + window."""
+    """One comparison's rows: the policy, its control, sink + window. ``commit`` None: that of the whole result."""
 
     run: Run
     original: Interval
     rows: list[PolicyRow]
     notes: list[str]
+    commit: str | None = None
 
 
 class PolicyResult(Frozen):
@@ -70,15 +71,26 @@ def read(file: Path) -> PolicyExperiment:
     return PolicyExperiment.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
-def measure(file: Path) -> PolicyResult:
-    """Carry out the experiment of one policy."""
+def measure(file: Path, *, earlier: PolicyResult | None = None, on: str | None = None) -> PolicyResult:
+    """Carry out the experiment of one policy.
+
+    Parameters
+    ----------
+    earlier, on : measure only what is on the model ``on``; other runs, if they are the same, stay as in ``earlier``
+    """
     method, spec = file.stem, read(file)
+    known = {one.run.model_dump_json(): one for one in earlier.outcomes} if earlier else {}
     outcomes, seconds, last = [], 0.0, None
     for run in spec.runs:
+        found = None if run.model == on else known.get(run.model_dump_json())
+        if found is not None and earlier is not None:
+            outcomes.append(found.model_copy(update={"commit": found.commit or earlier.commit}))
+            continue
         last = _compare(method, run)
         seconds += last.seconds
         outcomes.append(Outcome(run=run, original=last.original, rows=last.rows, notes=last.notes))
-    assert last is not None
+    if last is None:
+        raise SystemExit(f"{file} compares nothing on {on} that is not known already.")
     return PolicyResult(
         method=method,
         summary=" ".join(summary(method, one) for one in outcomes),

@@ -1,10 +1,15 @@
-"""Measure: ``python -m benchmarks.run overhead|memory|speed|plan|quality|all``, or one method's name."""
+"""Measure: ``python -m benchmarks.run overhead|memory|speed|plan|quality|all``, or one method's name.
+
+After a testbed was trained anew, ``python -m benchmarks.run METHOD --on testbed:lm`` measures a policy on it again and
+leaves its other runs as they are.
+"""
 
 from __future__ import annotations
 
 import argparse
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks import (
@@ -49,17 +54,27 @@ def main() -> None:
     methods = {file.stem: file for file in quality.experiments()}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure.")
     parser.add_argument("name", choices=[*BENCHMARKS, "quality", "all", *methods])
-    asked = parser.parse_args().name
+    parser.add_argument("--on", metavar="MODEL", help="of a policy's runs, only those on MODEL; the others stay")
+    options = parser.parse_args()
+    asked = options.name
     one_thread()
     for name, measure in BENCHMARKS.items():
         if asked in (name, "all"):
             write(measure(), RESULTS / f"{name}.json")
     for name, file in methods.items():
         if asked in (name, "quality", "all"):
-            found: Any = policies.measure(file) if policies.is_policy(name) else quality.measure(file)
-            write(found, RESULTS / file.parent.name / f"{name}.json")
+            place = RESULTS / file.parent.name / f"{name}.json"
+            found: Any = _policy(file, place, options.on) if policies.is_policy(name) else quality.measure(file)
+            write(found, place)
             say(f"{name}: {found.summary}")
     tables.PAGE.write_text(tables.page(), encoding="utf-8")
+
+
+def _policy(file: Path, place: Path, on: str | None) -> policies.PolicyResult:
+    if on is None:
+        return policies.measure(file)
+    earlier = policies.PolicyResult.model_validate_json(place.read_text(encoding="utf-8")) if place.exists() else None
+    return policies.measure(file, earlier=earlier, on=on)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def _policies(results: Path) -> list[str]:
         first = runs[0][1].original
         lines += _table(head, [("no policy", "1", _score(first, task), "100 %", "", "", "", ""), *rows])
         lines += ["", *(f"- {note}" for note in dict.fromkeys(note for _, one in runs for note in one.notes))]
-        commands = dict.fromkeys(f"`{one.command}`, commit {one.commit}" for one, _ in runs)
+        commands = dict.fromkeys(f"`{one.command}`, commit {run.commit or one.commit}" for one, run in runs)
         lines += [f"- {'; '.join(commands)}. In brackets: what a policy was held against."]
     return lines
 

@@ -11,6 +11,7 @@ from benchmarks.common import RESULTS, Spread, commit, ratios
 from benchmarks import models, policies, quality, run, tables, watched
 from paredown import registry
 from paredown.core import checkpoint
+from paredown.workflow.measured import PolicyComparison
 
 FILES = [file for file in sorted(RESULTS.glob("*.json")) if file.stem in tables.TYPES]
 
@@ -81,3 +82,32 @@ def test_the_commit_is_read_without_git(tmp_path):
     (tmp_path / ".git/refs/heads").mkdir(parents=True)
     (tmp_path / ".git/refs/heads/main").write_text("b" * 40 + "\n")
     assert commit(tmp_path) == "b" * 12
+
+
+def test_measuring_on_one_model_again_leaves_the_other_runs_as_they_are(monkeypatch):
+    file = next(file for file in quality.experiments() if file.stem == "mustafar")
+    earlier = policies.PolicyResult.model_validate_json(
+        (RESULTS / "cache" / "mustafar.json").read_text(encoding="utf-8")
+    )
+    asked = []
+
+    def compare(method: str, again: policies.Run) -> Any:
+        asked.append(again.model)
+        told = next(one for one in earlier.outcomes if one.run == again)
+        return PolicyComparison.model_construct(
+            original=told.original, rows=told.rows[:1], notes=[], seconds=1.0, versions={}, created="now"
+        )
+
+    monkeypatch.setattr(policies, "_compare", compare)
+    found = policies.measure(file, earlier=earlier, on="testbed:lm")
+    assert asked == ["testbed:lm"]
+    for old, new in zip(earlier.outcomes, found.outcomes, strict=True):
+        if old.run.model == "testbed:lm":
+            assert new.rows == old.rows[:1]
+            assert new.commit is None
+        else:
+            assert new.rows == old.rows
+            assert new.commit == (old.commit or earlier.commit)
+    assert found.commit == commit()
+    with pytest.raises(SystemExit, match="nothing on testbed:vlm"):
+        policies.measure(file, earlier=earlier, on="testbed:vlm")
