@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ QUESTION = "How much does a model lose with a pipeline stage, and how much of it
 GOAL = "the weighted mean below a new start, at once and later, in all five seeds"
 BED, LENGTH, ROWS, HELD = "testbed:lm", 64, 512, 32
 WIDTH, LAYERS, STAGES, BATCH = 64, 8, 4, 16
-BEFORE, AFTER, RATE, SEEDS = 300, 50, 2e-3, 5
+AFTER, SEEDS = 50, 5
 Method = CheckFree | RandomCheckFree
 ARMS: dict[str, Method] = {
     "weighted mean": CheckFree(stages=STAGES),
@@ -31,6 +32,29 @@ ARMS: dict[str, Method] = {
     "copy of the stage before": CheckFree(stages=STAGES, inner="copy"),
     "random weights": RandomCheckFree(stages=STAGES),
 }
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is trained when a stage is lost: from which weights, for how many steps before, at which rate."""
+
+    title: str
+    stages: tuple[int, ...]
+    before: int
+    rate: float
+    trained: bool = False
+    swaps: bool = False
+
+    def model(self, seed: int) -> Model:
+        """Return it as it is before the training."""
+        return _trained() if self.trained else _fresh(seed)
+
+
+STARTS = (
+    Start("from nothing", (1,), 300, 2e-3),
+    Start("from nothing, with swaps", (1,), 300, 2e-3, swaps=True),
+    Start(BED, (1, 2, 3), 50, 2e-4, trained=True),
+)
 
 
 class RecoveryRow(Frozen):
@@ -54,13 +78,13 @@ def measure() -> Result[RecoveryRow]:
     train, held = _text()
     found: dict[tuple[str, int, str], list[tuple[float, float, float]]] = {}
     for seed in range(SEEDS):
-        for trained, swaps, stages in (("plainly", False, (1, 2, 3)), ("with swaps", True, (1,))):
+        for start in STARTS:
             with tempfile.TemporaryDirectory(prefix="paredown-checkfree-") as folder:
-                model, watcher = _model(seed), CheckFree(stages=STAGES, swaps=swaps)
+                model, watcher = start.model(seed), CheckFree(stages=STAGES, swaps=start.swaps)
                 (recovery,) = watcher.callbacks(model)
-                _train(model, watcher, [recovery], train, BEFORE, Path(folder), seed)
+                _train(model, watcher, [recovery], train, start, start.before, Path(folder), seed)
                 before = _loss(model, held)
-                for stage in stages:
+                for stage in start.stages:
                     # The first stage has one neighbour: there is no mean of two.
                     arms = (
                         ARMS
@@ -68,8 +92,10 @@ def measure() -> Result[RecoveryRow]:
                         else {"copy of the stage behind": watcher, "random weights": ARMS["random weights"]}
                     )
                     for name, method in arms.items():
-                        losses = _recovered(method, watcher, stage, recovery.norms, train, held, Path(folder), seed)
-                        found.setdefault((trained, stage, name), []).append((before, *losses))
+                        losses = _recovered(
+                            start, method, watcher, stage, recovery.norms, train, held, Path(folder), seed
+                        )
+                        found.setdefault((start.title, stage, name), []).append((before, *losses))
         say(f"checkfree: seed {seed} done")
     rows = []
     for (trained, stage, name), seeds in found.items():
@@ -87,10 +113,12 @@ def measure() -> Result[RecoveryRow]:
             )
         )
     notes = [
-        f"A Llama of {LAYERS} layers in {STAGES} stages, width {WIDTH}, trained from nothing on the text of {BED} "
-        f"for {BEFORE} steps of {BATCH} rows of {LENGTH} tokens; {SEEDS} seeds; losses on {HELD} held-out rows.",
-        "Weights begin with a deviation of 0.02 * sqrt(512 / width): that of the paper's smallest model at its width.",
-        f"`later` is {AFTER} steps after the loss, at constant rate {RATE:g}; a rebuilt stage has 1.1 times that.",
+        f"{LAYERS} layers in {STAGES} stages: a Llama of width {WIDTH} trained from nothing for {STARTS[0].before} "
+        f"steps at a rate of {STARTS[0].rate:g}, and {BED} trained on for {STARTS[-1].before} at "
+        f"{STARTS[-1].rate:g}; "
+        f"{BATCH} rows of {LENGTH} tokens a step, of the text of {BED}; {SEEDS} seeds; losses on {HELD} held-out rows.",
+        "Random weights have a deviation of 0.02 * sqrt(512 / width): that of the paper's smallest model at its width.",
+        f"`later` is {AFTER} steps after the loss, at the same constant rate; a rebuilt stage has 1.1 times that.",
     ]
     return result("checkfree-recovery", QUESTION, GOAL, rows, began, notes)
 
@@ -105,7 +133,17 @@ def _text() -> tuple[Tensor, Tensor]:
     return rows("calibration", ROWS), rows("heldout", HELD)
 
 
-def _model(seed: int) -> Model:
+def _deviation(width: int) -> float:
+    return float(0.02 * (512 / width) ** 0.5)
+
+
+def _trained() -> Model:
+    model = checkpoint.load(BED, dtype=torch.float32, policies=False)
+    model.config.initializer_range = _deviation(model.config.hidden_size)
+    return model
+
+
+def _fresh(seed: int) -> Model:
     vocabulary = int(checkpoint.load(BED, policies=False).config.vocab_size)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -115,7 +153,7 @@ def _model(seed: int) -> Model:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=LENGTH,
-        initializer_range=0.02 * (512 / WIDTH) ** 0.5,
+        initializer_range=_deviation(WIDTH),
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
@@ -129,6 +167,7 @@ def _train(
     method: Method,
     callbacks: Sequence[TrainerCallback],
     ids: Tensor,
+    start: Start,
     steps: int,
     folder: Path,
     seed: int,
@@ -138,7 +177,7 @@ def _train(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
-        learning_rate=RATE,
+        learning_rate=start.rate,
         lr_scheduler_type="constant",
         save_strategy="no" if resume else "steps",
         save_steps=steps,
@@ -158,6 +197,7 @@ def _train(
 
 
 def _recovered(
+    start: Start,
     method: Method,
     watcher: CheckFree,
     stage: int,
@@ -168,7 +208,7 @@ def _recovered(
     seed: int,
 ) -> tuple[float, float]:
     """Go on from the checkpoint, with the stage lost at its first step; the loss at once and at the end."""
-    model = _model(seed)
+    model = start.model(seed)
     (recovery,) = method.callbacks(model)
     recovery.norms = list(norms)
     at_once: list[float] = []
@@ -180,8 +220,8 @@ def _recovered(
                 at_once.append(_loss(model, held))
                 model.hf.train()
 
-    resume = folder / f"checkpoint-{BEFORE}"
-    _train(model, watcher, [Lose(), recovery], ids, BEFORE + AFTER, folder, seed, resume)
+    resume = folder / f"checkpoint-{start.before}"
+    _train(model, watcher, [Lose(), recovery], ids, start, start.before + AFTER, folder, seed, resume)
     return at_once[0], _loss(model, held)
 
 
