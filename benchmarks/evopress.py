@@ -85,8 +85,6 @@ def measure(seeds: int = SEEDS, passes: int = PASSES) -> Result[SearchRow]:
         f"take {passes} forward passes of one such row; the ranking takes {ROWS}.",
         "Differences are to the first method of the model, paired by seed and held-out row; their intervals cover "
         "other seeds and other rows. Where all seeds lead to the choice of the first method, there is none.",
-        "testbed:lm was grown from a model of half as many blocks, so that what can go stands out: the ranking finds "
-        "it too, and a search can at best arrive at the same choice.",
         "Sub-layers are counted and not weighed: attention and MLP are of unequal size, and the parameters tell.",
     ]
     return result("evopress-search", QUESTION, GOAL, rows, began, notes)
