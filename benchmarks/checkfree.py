@@ -113,10 +113,9 @@ def measure() -> Result[RecoveryRow]:
             )
         )
     notes = [
-        f"{LAYERS} layers in {STAGES} stages: a Llama of width {WIDTH} trained from nothing for {STARTS[0].before} "
-        f"steps at a rate of {STARTS[0].rate:g}, and {BED} trained on for {STARTS[-1].before} at "
-        f"{STARTS[-1].rate:g}; "
-        f"{BATCH} rows of {LENGTH} tokens a step, of the text of {BED}; {SEEDS} seeds; losses on {HELD} held-out rows.",
+        f"Four stages. From nothing: a Llama of {LAYERS} layers, width {WIDTH}, {STARTS[0].before} steps at a rate of "
+        f"{STARTS[0].rate:g}. {BED}: trained on for {STARTS[-1].before} steps at {STARTS[-1].rate:g}. {BATCH} rows of "
+        f"{LENGTH} tokens a step, of the text of {BED}; {SEEDS} seeds; losses on {HELD} held-out rows.",
         "Random weights have a deviation of 0.02 * sqrt(512 / width): that of the paper's smallest model at its width.",
         f"`later` is {AFTER} steps after the loss, at the same constant rate; a rebuilt stage has 1.1 times that.",
     ]

@@ -70,8 +70,8 @@ def cases(passes: int = PASSES) -> tuple[Case, ...]:
         LLMDrop(keep=0.75, part="joint"), EvoPress(**joint), RandomSearch(**joint), BlockPruner(keep=0.75),
     )  # fmt: skip
     return (
-        Case("testbed:lm, 2 of 8 attentions and 2 of 8 MLPs", "testbed:lm", each),
-        Case("testbed:lm, 4 of 16 sub-layers", "testbed:lm", depth),
+        Case("testbed:lm, 3 of 12 attentions and 3 of 12 MLPs", "testbed:lm", each),
+        Case("testbed:lm, 6 of 24 sub-layers", "testbed:lm", depth),
         Case("testbed:moe, 3 of 12 sub-layers", "testbed:moe", depth),
     )
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 SIZES: dict[str, dict[str, Any]] = {
     "lm": {
         "hidden_size": 96,
-        "num_hidden_layers": 8,
-        "intermediate_size": 384,
+        "num_hidden_layers": 12,
+        "intermediate_size": 256,
         "num_attention_heads": 6,
         "head_dim": 16,
     },

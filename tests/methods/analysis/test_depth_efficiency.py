@@ -196,9 +196,9 @@ def test_what_the_output_misses_least_is_what_can_go():
         texts = calibration.read(None, model_ref="testbed:lm", split="calibration")
         data = calibration.for_model(model, texts, length=96, sequences=8, seed=seed)
         found = DepthEfficiency(sequences=4, cuts=1).measure(model, data)[1:]
-        order = sorted(range(8), key=lambda i: found[i]["rank_output"])
-        drawn = torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist()
         blocks = model.anatomy.language.blocks
+        order = sorted(range(len(blocks)), key=lambda i: found[i]["rank_output"])
+        drawn = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
         sets = [order[:2], order[-2:], drawn[:2]]
         low, high, chance = (
             tokens.mean

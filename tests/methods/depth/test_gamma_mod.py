@@ -485,7 +485,8 @@ def test_low_ranks_are_the_layers_to_convert():
         data = calibration.for_model(model, splits["calibration"], length=128, sequences=32, seed=seed)
         low, _ = GammaMoD(keep=0.75, converted=0.5, samples=32).chosen(model, data)
         found = []
-        for layers in (low, tuple(layer for layer in range(8) if layer not in low)):
+        depth = range(len(model.anatomy.language.blocks))
+        for layers in (low, tuple(layer for layer in depth if layer not in low)):
             fields = {"layers": layers, "steps": 15, "lr": 0.03, "lm": 0, "distil": 1}
             with tempfile.TemporaryDirectory() as folder:
                 trained = GammaMoD(keep=0.75, **fields).prepare(model, data, seed=seed, folder=folder)
