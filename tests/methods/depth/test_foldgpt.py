@@ -352,7 +352,7 @@ def test_on_a_trained_model_gates_find_blocks_that_hardly_matter() -> None:
 
     model = paredown.load("testbed:lm")
     texts = calibration.read(None, model_ref="testbed:lm", split="calibration")
-    data = calibration.for_model(model, texts, length=64, sequences=16, seed=0)
+    data = calibration.for_model(model, texts, length=128, sequences=32, seed=0)
 
     def perplexity(method: Any, seed: int) -> float:
         cut = paredown.load("testbed:lm")

@@ -46,26 +46,39 @@ class GateTask(training.Task[int]):
     ----------
     sizes : what each block counts in the budget
     target : share of the sizes that is to stay open
+    strength : weight of the budget at the last step
+    polar : weight, at the last step, of the sum of ``g (1 - g)``: gates half open tell nothing, for norms further up
+        make up for a block that is scaled
     """
 
     learned: GateWeights
 
     def __init__(
-        self, model: Model, data: Batch, gates: Gates, sizes: Sequence[int], target: float, steps: int, strength: float
+        self,
+        model: Model,
+        data: Batch,
+        gates: Gates,
+        sizes: Sequence[int],
+        target: float,
+        steps: int,
+        strength: float,
+        polar: float = 0.0,
     ) -> None:
         super().__init__(model.hf, GateWeights(len(sizes), steps).to(model.hf.device))
-        self.hf, self.data, self.gates, self.target, self.strength = model.hf, data, gates, target, strength
+        self.hf, self.data, self.gates = model.hf, data, gates
+        self.target, self.strength, self.polar = target, strength, polar
         self.shares = torch.tensor(sizes, dtype=torch.float32, device=model.hf.device) / sum(sizes)
 
     def loss(self, rows: list[int]) -> Tensor:
-        """Return the next-token loss under the gates and what the budget adds."""
+        """Return the next-token loss under the gates, and what the budget and half-open gates add."""
         open_ = self.learned.gates()
         factors: dict[Unit, Factor] = {(i, "block"): g.to(self.hf.dtype) for i, g in enumerate(open_)}
         self.gates.set(factors)
         some = self.data.take(rows)
         text = text_loss(forward.logits(self.hf, some.input_ids, some.attention_mask), self.data, rows)
         over = (self.shares * open_).sum() - self.target
-        return text + self.strength * self.learned.progress() * over**2
+        half_open = (open_ * (1 - open_)).sum()
+        return text + self.learned.progress() * (self.strength * over**2 + self.polar * half_open)
 
     def project(self) -> None:
         """Count the step."""

@@ -7,6 +7,8 @@ published. What the abstract leaves open is (inferred):
   0 or 1 and is exactly 1 at the start, ``a = 1``. eps falls from 0.1 to 1e-3 in geometric steps. The loss is that of
   the next token and ``strength * (sum c_l g_l / sum c_l - target)^2``, with ``c_l`` the parameters of block l and a
   strength that rises from 0 in a line; Adam. All gates learn together: that is what sees blocks that need each other.
+- ``polar * sum g_l (1 - g_l)`` is added to it (ours), rising likewise: without it all gates may end half open, and the
+  first block, whose size later norms make up for, may rank among the last.
 - The blocks with the smallest gates go (ties: the higher index); all other gates become exactly 1.
 - Blocks that stay are cut into groups of neighbours. The first of a group is its parent; the others use its matrices,
   each with norms and biases of its own and, unless ``rank=0``, a delta ``B A x`` beside each linear layer that begins
@@ -145,6 +147,7 @@ class FoldGPT(_Folding):
     gate_steps: int = Field(200, ge=1, description="Steps of training for the gates.")
     gate_lr: float = Field(0.02, gt=0, description="Their learning rate.")
     strength: float = Field(100.0, gt=0, description="Weight of the budget in their loss at the last step.")
+    polar: float = Field(0.3, ge=0, description="Weight of what half-open gates add to it at the last step.")
 
     def _values(self, model: Model, data: Batch, session: Session) -> Sequence[float]:
         blocks = model.anatomy.language.blocks
@@ -154,7 +157,7 @@ class FoldGPT(_Folding):
         target = (unique if not gone else len(blocks) - gone) / len(blocks)
         sizes = [sum(p.numel() for p in model.hf.get_submodule(b.path).parameters()) for b in blocks]
         with gated(model) as gates:
-            task = GateTask(model, data, gates, sizes, target, self.gate_steps, self.strength)
+            task = GateTask(model, data, gates, sizes, target, self.gate_steps, self.strength, self.polar)
             settings = training.Settings(
                 steps=self.gate_steps, lr=self.gate_lr, batch=self.batch, seed=session.seed, save_every=50
             )
