@@ -253,11 +253,12 @@ def test_a_forced_router_reaches_one_and_zero(tmp_path):
     assert not torch.equal(whole(hf, tokens, none), whole(hf, tokens))
 
 
-def test_tokens_that_go_round_leave_the_layer_bit_for_bit_and_the_others_follow_the_formula(tmp_path):
-    # Card: X1 = X + Attn(LN1 X) among the chosen; X2 = X1 + p MLP(LN2 X1); the others keep h.
+@pytest.mark.parametrize("weighted", [True, False])
+def test_tokens_that_go_round_leave_the_layer_bit_for_bit_and_the_others_follow_the_formula(tmp_path, weighted):
+    # Card: X1 = X + Attn(LN1 X) among the chosen; X2 = X1 + p MLP(LN2 X1); the others keep h. Without weights p is 1.
     hf, tokens = families.llama(), running.ids(1, 16)
     model = wrap(hf)
-    policy = made(hf, tmp_path, scale=20.0, layers=(1,), keep=0.8)
+    policy = made(hf, tmp_path, scale=20.0, layers=(1,), keep=0.8, weighted=weighted)
     runtime, states = Recorded(policy, model), {}
 
     class Look(Runtime):
@@ -283,7 +284,7 @@ def test_tokens_that_go_round_leave_the_layer_bit_for_bit_and_the_others_follow_
         tables = hf.model.rotary_emb(x, torch.tensor([stay]))  # original positions
         x1 = x + block.self_attn(block.input_layernorm(x), position_embeddings=tables, attention_mask=None)[0]
         p = runtime.router(block.input_layernorm(x)).softmax(-1)[..., 1:]
-        expected = x1 + p * block.mlp(block.post_attention_layernorm(x1))
+        expected = x1 + (p if weighted else 1) * block.mlp(block.post_attention_layernorm(x1))
     torch.testing.assert_close(states["out"][:, stay], expected, atol=1e-5, rtol=1e-4)
 
 

@@ -13,7 +13,9 @@ official code Yaxin9Luo/Gamma-MOD. Different here, on purpose:
 - Thresholds of the prompt are set for each layer, from calibration data, to the share that is asked for; the published
   0.005 keeps nearly everything that the router has not strongly rejected.
 - The model stays frozen and the router alone is trained; the paper trains all weights. Low-rank adapters beside it are
-  left out.
+  left out. What the MLP adds to a token that enters is therefore not multiplied by the router's chance ``p``, which
+  nothing in a frozen model makes up for: it is multiplied by ``1 + (p - p)``, of which the second p has no gradient.
+  The router learns as it would, and the model reads what it is used to. ``weighted`` is the published form.
 """
 
 from __future__ import annotations
@@ -82,6 +84,7 @@ class GammaMoD(Policy):
     measured: tuple[tuple[str, float], ...] = Field((), description="Shares and losses; made by prepare.")
 
     decode: float = Field(0.5, ge=0, le=1, description="Tokens that come one by one skip below this.")
+    weighted: bool = Field(False, description="Multiply what MLPs add by the router's chance, as published.")
     steps: int = Field(300, ge=0, description="Training steps of the router.")
     lr: float = Field(3e-3, gt=0, description="Learning rate of the router.")
     batch: int = Field(4, ge=1, description="Rows in a training step.")
@@ -284,7 +287,7 @@ class Skips(Around):
         gone = self.gone(layer, stream, chance, free)
         if self.listening:
             self.heard[layer] = Heard(logits, gone, free, stream.real())
-        return gone, chance
+        return gone, chance if self.policy.weighted else 1 + (chance - chance.detach())
 
     def gone(self, layer: int, stream: Stream, chance: Tensor, free: Tensor) -> Tensor:
         """Return which rows go round the layer."""
