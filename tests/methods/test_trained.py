@@ -28,7 +28,7 @@ SEEDS = range(5)
 LENGTH, HELDOUT, CALIBRATION = 64, 16, 8
 # Where an axis is tried, first choice first, and what is kept there.
 TESTBEDS: dict[str, tuple[str, ...]] = {"experts": ("moe",), "depth": ("lm", "moe")}
-KEEPS = {"experts": 0.5, "depth": 0.66}
+KEEPS = {"experts": 0.5, "depth": 0.5}
 
 
 def home_of(axis: str) -> str:
