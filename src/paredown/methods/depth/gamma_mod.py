@@ -287,7 +287,10 @@ class Skips(Around):
         gone = self.gone(layer, stream, chance, free)
         if self.listening:
             self.heard[layer] = Heard(logits, gone, free, stream.real())
-        return gone, chance if self.policy.weighted else 1 + (chance - chance.detach())
+        if self.policy.weighted:
+            return gone, chance
+        # A factor of one does nothing but carry the gradient.
+        return gone, 1 + (chance - chance.detach()) if chance.requires_grad else None
 
     def gone(self, layer: int, stream: Stream, chance: Tensor, free: Tensor) -> Tensor:
         """Return which rows go round the layer."""
