@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from paredown import registry
-from paredown.core import checkpoint, policy_file
+from paredown.core import checkpoint, forward, policy_file
 from paredown.core.attach import attach, check_together
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
@@ -143,7 +143,7 @@ class Reader:
                 held.close(len(ids))
             return
         with torch.inference_mode():
-            whole = hf(input_ids=ids[:, :-1], use_cache=False).logits[:, half - 1 :]
+            whole = forward.logits(hf, ids[:, :-1])[:, half - 1 :]
         for step in range(whole.shape[1]):
             yield whole[:, step]
 

@@ -35,11 +35,11 @@ def test_it_is_the_sequential_solution_with_an_explicit_inverse(by, block):
     weight, (_, hessian) = drawn(6, 16), moments(16)
     bits = torch.tensor([4, 3, 2, 8]).repeat(4)[: 6 if by == "row" else 16]
     found = gptq(weight, hessian, bits, by, damp=0.01, block=block)
-    levels, work = grid(weight, bits, by), weight.double().clone()
+    levels, work = grid(weight, bits, by).columns(), weight.double().clone()
     damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(16)
     for j in range(16):
         inverse = torch.linalg.inv(damped[j:, j:])
-        rounded = levels.nearest(work[:, j].float(), j).double()
+        rounded = levels[j].nearest(work[:, j].float()).double()
         error = (work[:, j] - rounded) / inverse[0, 0]
         work[:, j:] -= error[:, None] * inverse[0]
         work[:, j] = rounded

@@ -12,7 +12,7 @@ from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.depth.gates import Factor, Gates, Unit
 from paredown.core.learning import training
-from paredown.core.learning.objective import text_loss
+from paredown.core.learning.objective import next_token
 
 FIRST_EPS, LAST_EPS = 0.1, 1e-3
 
@@ -75,7 +75,8 @@ class GateTask(training.Task[int]):
         factors: dict[Unit, Factor] = {(i, "block"): g.to(self.hf.dtype) for i, g in enumerate(open_)}
         self.gates.set(factors)
         some = self.data.take(rows)
-        text = text_loss(forward.logits(self.hf, some.input_ids, some.attention_mask), self.data, rows)
+        mask = some.attention_mask
+        text = next_token(forward.logits(self.hf, some.input_ids, mask), some.input_ids, mask)
         over = (self.shares * open_).sum() - self.target
         half_open = (open_ * (1 - open_)).sum()
         return text + self.learned.progress() * (self.strength * over**2 + self.polar * half_open)

@@ -92,8 +92,8 @@ def gradient_norms(model: Model, data: Batch, *, batch: int = 4) -> list[float]:
             parameter.requires_grad_(id(parameter) in learned and parameter.is_floating_point())
         for ids, mask in forward.batches(data, batch):
             with torch.enable_grad():
-                text = next_token(forward.logits(model.hf, ids, mask), ids, mask)
-                (text * real_predictions(ids, mask).sum()).backward()  # type: ignore[no-untyped-call]
+                loss = next_token(forward.logits(model.hf, ids, mask), ids, mask, reduction="sum")
+                loss.backward()  # type: ignore[no-untyped-call]
         squares = [
             sum(float(p.grad.float().pow(2).sum()) for p in b.parameters() if p.grad is not None) for b in blocks
         ]

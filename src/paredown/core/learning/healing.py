@@ -190,7 +190,7 @@ class _Healing(training.Task[int]):
         mask = some.attention_mask
         with _listening(self.model, wanted=bool(self.hidden)) as seen:
             logits = forward.logits(self.model.hf, some.input_ids, mask)
-        total = text_loss(logits, self.data, rows, lm=self.lm, teacher=self.teacher, distil=self.distil)
+        total = text_loss(logits, some, rows, lm=self.lm, teacher=self.teacher, distil=self.distil)
         if self.hidden and self.states is not None:
             taught = self.states[rows].to(logits.device).float()
             apart = (seen[-1].float() - taught).pow(2).mean(-1)

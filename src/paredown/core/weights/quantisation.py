@@ -41,13 +41,15 @@ class Grid:
     top: Tensor
     exact: Tensor
 
-    def nearest(self, weight: Tensor, column: int | None = None) -> Tensor:
-        """Round ``weight [..., R, C]``, or one column of it ``[..., R]``."""
-        low, step, top, exact = (
-            part if column is None else part[..., column] for part in (self.low, self.step, self.top, self.exact)
-        )
-        level = ((weight - low) / step).round().clamp(min=0)
-        return torch.where(exact, weight, low + step * torch.minimum(level, top))
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Round ``weight [..., R, C]``."""
+        level = ((weight - self.low) / self.step).round().clamp(min=0)
+        return torch.where(self.exact, weight, self.low + self.step * torch.minimum(level, self.top))
+
+    def columns(self) -> list[Grid]:
+        """Return the grids of the single columns, ``[..., R]`` each."""
+        parts = [part.mT.contiguous().unbind(-2) for part in (self.low, self.step, self.top, self.exact)]
+        return [Grid(*column) for column in zip(*parts, strict=True)]
 
 
 def grid(weight: Tensor, bits: Tensor, by: By, *, search: bool = True) -> Grid:
@@ -59,39 +61,63 @@ def grid(weight: Tensor, bits: Tensor, by: By, *, search: bool = True) -> Grid:
     by : what ``bits`` counts; where it is columns, a row has one grid for each width that occurs
     search : also try narrower ranges (down to 40 %) and take the one with the least sum of ``|error|^2.4``
     """
-    low, step = torch.zeros_like(weight), torch.ones_like(weight)
     spread = (bits.unsqueeze(-1) if by == "row" else bits.unsqueeze(-2)).expand_as(weight)
-    for width in sorted(set(bits.flatten().tolist())):
-        if width >= UNTOUCHED:
-            continue
-        own = spread == width
-        found_low, found_step = _range(weight, own, int(width), search)
-        low, step = torch.where(own, found_low, low), torch.where(own, found_step, step)
+    if by == "row":
+        shared = _Shared(weight, bits.unsqueeze(-1), None)
+    else:
+        widths = torch.unique(bits)
+        shared = _Shared(weight, widths.unsqueeze(-2), (bits.unsqueeze(-1) == widths).to(weight))
+    low, step = (shared.over(part).expand_as(weight) for part in shared.ranges(search))
     top = (2.0 ** spread.float().clamp(max=UNTOUCHED)) - 1
     return Grid(low, step, top, spread >= UNTOUCHED)
 
 
-def _range(weight: Tensor, own: Tensor, width: int, search: bool) -> tuple[Tensor, Tensor]:
-    """Return start and step, ``[..., R, 1]`` each, of the grid of those weights of each row that are ``own``."""
-    mine = torch.where(own, weight, torch.zeros_like(weight))
-    if width == 1:
-        size = mine.abs().sum(-1, keepdim=True) / own.sum(-1, keepdim=True).clamp(min=1)
-        return -size, (2 * size).clamp(min=1e-12)
-    least, most = mine.amin(-1, keepdim=True).clamp(max=0), mine.amax(-1, keepdim=True).clamp(min=0)
-    top = 2.0**width - 1
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for shrink in _SHRINKS if search else (1.0,):
-        step = ((most - least) * shrink / top).clamp(min=1e-12)
-        low = -step * (-least * shrink / step).round()
-        rounded = low + step * ((mine - low) / step).round().clamp(0, top)
-        error = torch.where(own, (rounded - mine).abs() ** _NORM, 0.0).sum(-1, keepdim=True)
-        if best is None:
-            best = error, low, step
-        else:
-            better = error < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((error, low, step), best, strict=True))  # type: ignore[assignment]
-    assert best is not None
-    return best[1], best[2]
+class _Shared:
+    """Which weights of a row share a grid: all of them (``K = 1``), or those of the columns of one width.
+
+    Parameters
+    ----------
+    weight : ``[..., R, C]``
+    widths : of each grid, ``[..., R | 1, K]``
+    member : ``[..., C, K]``, 1 where a column has that width; None where a row has one width
+    """
+
+    def __init__(self, weight: Tensor, widths: Tensor, member: Tensor | None) -> None:
+        self.weight, self.widths, self.member = weight, widths.float().clamp(max=UNTOUCHED), member
+
+    def over(self, values: Tensor) -> Tensor:
+        """Spread what belongs to grids ``[..., R, K]`` over their columns: ``[..., R, C]``, or ``[..., R, 1]``."""
+        return values if self.member is None else values @ self.member.mT
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum ``[..., R, C]`` over the columns of each grid: ``[..., R, K]``."""
+        return values.sum(-1, keepdim=True) if self.member is None else values @ self.member
+
+    def ranges(self, search: bool) -> tuple[Tensor, Tensor]:
+        """Return start and step of each grid, ``[..., R, K]``."""
+        weight = self.weight
+        own = [weight] if self.member is None else [weight * part.unsqueeze(-2) for part in self.member.unbind(-1)]
+        # Zero is on every grid, so the zeros of other columns do no harm.
+        least = torch.cat([part.amin(-1, keepdim=True) for part in own], -1).clamp(max=0)
+        most = torch.cat([part.amax(-1, keepdim=True) for part in own], -1).clamp(min=0)
+        tops = 2.0**self.widths - 1
+        top = self.over(tops.expand_as(least))
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for shrink in _SHRINKS if search else (1.0,):
+            step = ((most - least) * shrink / tops).clamp(min=1e-12)
+            low = -step * (-least * shrink / step).round()
+            wide, start = self.over(step), self.over(low)
+            level = ((weight - start) / wide).round().clamp(min=0)
+            error = self.total((start + wide * torch.minimum(level, top) - weight).abs() ** _NORM)
+            if best is None:
+                best = error, low, step
+            else:
+                better = error < best[0]
+                best = tuple(torch.where(better, new, old) for new, old in zip((error, low, step), best, strict=True))  # type: ignore[assignment]
+        assert best is not None
+        size = self.total(weight.abs()) / self.total(torch.ones_like(weight)).clamp(min=1)
+        binary = self.widths == 1
+        return torch.where(binary, -size, best[1]), torch.where(binary, (2 * size).clamp(min=1e-12), best[2])
 
 
 @torch.no_grad()
@@ -116,23 +142,23 @@ def gptq(
     damp : added to the diagonal, as a share of its mean
     block : columns whose errors are passed on to all later ones together
     """
-    work = weight.float().clone()
-    columns = work.shape[-1]
-    levels = grid(work, bits, by, search=search)
+    levels = grid(weight.float(), bits, by, search=search).columns()
     factor = _factor(hessian.float(), damp)
+    # What is done is done column by column: turned over, each of them lies in one piece. ``[..., C, R]``
+    work = weight.float().mT.contiguous()
     empty = work == 0
     done = torch.zeros_like(work)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.zeros_like(work[..., start:stop])
+    for start in range(0, len(levels), block):
+        stop = min(start + block, len(levels))
+        errors = torch.zeros_like(work[..., start:stop, :])
         for j in range(start, stop):
-            column = work[..., j]
-            done[..., j] = torch.where(empty[..., j], 0.0, levels.nearest(column, j))
-            error = (column - done[..., j]) / factor[..., j, j].unsqueeze(-1)
-            work[..., j:stop] -= error.unsqueeze(-1) * factor[..., j, j:stop].unsqueeze(-2)
-            errors[..., j - start] = error
-        work[..., stop:] -= errors @ factor[..., start:stop, stop:]
-    return done
+            column = work[..., j, :]
+            rounded = levels[j].nearest(column).masked_fill_(empty[..., j, :], 0.0)
+            error = (column - rounded) / factor[..., j, j].unsqueeze(-1)
+            work[..., j + 1 : stop, :] -= factor[..., j, j + 1 : stop].unsqueeze(-1) * error.unsqueeze(-2)
+            done[..., j, :], errors[..., j - start, :] = rounded, error
+        work[..., stop:, :] -= factor[..., start:stop, stop:].mT @ errors
+    return done.mT.contiguous()
 
 
 def _factor(hessian: Tensor, damp: float) -> Tensor:

@@ -223,10 +223,12 @@ def _zero_rows(weight: Tensor, scale: Tensor | None, count: int, draw: torch.Gen
             scores = torch.rand(part.shape, generator=draw).to(part.device)
         else:
             scores = part.abs().float() if scale is None else part.abs().float() * scale
-        limit = scores.kthvalue(count, dim=1, keepdim=True).values
-        gone = scores < limit
-        tied = scores == limit
-        missing = count - gone.sum(1, keepdim=True)
-        # Of equal scores the last ones go: ties keep the lower index, as everywhere.
-        behind = tied.flip(1).cumsum(1).flip(1)
-        part[gone | (tied & (behind <= missing))] = 0
+        limit = scores.topk(count, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+        gone = scores <= limit
+        many = gone.sum(1) - count
+        rows = many.nonzero().flatten()
+        if len(rows):
+            # Of equal scores the last ones go: ties keep the lower index, as everywhere.
+            tied = scores[rows] == limit[rows]
+            gone[rows] &= ~(tied & (tied.cumsum(1) <= many[rows, None]))
+        part.masked_fill_(gone, 0)

@@ -301,9 +301,8 @@ class Skips(Around):
             return free & (chance < self.policy.decode)
         return free & (chance <= self.thresholds[layer])
 
-    def listen(self, data: Batch, rows: slice | list[int]) -> tuple[Tensor, dict[int, Heard]]:
-        """Read rows of the data; return the logits and what the router said."""
-        some = data.take(rows)
+    def listen(self, some: Batch) -> tuple[Tensor, dict[int, Heard]]:
+        """Read rows; return the logits and what the router said."""
         self.listening = True
         try:
             return forward.logits(self.model.hf, some.input_ids, some.attention_mask), self.heard
@@ -318,7 +317,8 @@ class Skips(Around):
             pooled: dict[int, list[Tensor]] = {layer: [] for layer in self.thresholds}
             entered = offered = above = tokens = 0
             for start in range(0, min(TUNED_ROWS, len(data)), self.policy.batch):
-                for layer, one in self.listen(data, slice(start, start + self.policy.batch))[1].items():
+                some = data.take(slice(start, start + self.policy.batch))
+                for layer, one in self.listen(some)[1].items():
                     chance = one.logits.softmax(-1)[..., 1]
                     pooled[layer].append(chance[one.free].cpu())
                     entered, offered = entered + int((one.free & ~one.gone).sum()), offered + int(one.free.sum())
@@ -371,11 +371,12 @@ class Training(training.Task[int]):
 
     def loss(self, rows: list[int]) -> Tensor:
         """Return the loss of some rows."""
+        some = self.data.take(rows)
         self.runtime.by_count = True
-        logits, heard = self.runtime.listen(self.data, rows)
+        logits, heard = self.runtime.listen(some)
         self.runtime.by_count = False
         policy = self.policy
-        total = text_loss(logits, self.data, rows, lm=policy.lm, teacher=self.teacher, distil=policy.distil)
+        total = text_loss(logits, some, rows, lm=policy.lm, teacher=self.teacher, distil=policy.distil)
         for one in heard.values():
             chosen = F.cross_entropy(one.logits[one.real], (~one.gone[one.real]).long())
             total = total + policy.auxiliary * chosen

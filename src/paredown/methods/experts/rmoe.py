@@ -304,7 +304,7 @@ class _Training(training.Task[int]):
         heard, self.runtime.heard = self.runtime.heard, []
         top_k = max(part.experts.top_k for part in self.runtime.model.anatomy.language.blocks if part.experts)
         real = None if some.attention_mask is None else some.attention_mask.flatten().bool().to(logits.device)
-        text = text_loss(logits, self.data, rows, lm=self.lm, teacher=self.teacher, distil=self.policy.distil)
+        text = text_loss(logits, some, rows, lm=self.lm, teacher=self.teacher, distil=self.policy.distil)
         return text + self.policy.balance * routing.balance(heard, top_k, real)
 
 
