@@ -27,8 +27,11 @@ CLASSES = {
     "lm": "LlamaForCausalLM",
     "moe": "Qwen3MoeForCausalLM",
     "recall": "LlamaForCausalLM",
+    "recall-moe": "MixtralForCausalLM",
     "vlm": "LlavaForConditionalGeneration",
 }
+BIGRAM = {"lm": 0.65, "moe": 0.65, "recall": 0.85, "recall-moe": 0.85}
+"""Which share of a bigram model's perplexity each stays below."""
 FILES = ("calibration.jsonl", "card.md", "config.json", "generation_config.json", "heldout.jsonl", "model.safetensors")
 FILES += ("PROVENANCE.md", "scores.json", "tokenizer.json", "tokenizer_config.json", "training.json")
 
@@ -51,7 +54,7 @@ def test_importing_is_cheap() -> None:
 
 @pytest.mark.parametrize("name", ["nothing", "../moe", "", "testbed:moe"])
 def test_an_unknown_name_is_refused_with_those_that_exist(name: str) -> None:
-    with pytest.raises(ModelNotFoundError, match="lm, moe, recall, vlm"):
+    with pytest.raises(ModelNotFoundError, match="lm, moe, recall, recall-moe, vlm"):
         testbeds.path(name)
 
 
@@ -83,7 +86,7 @@ def test_no_path_of_a_machine_is_shipped(name: str) -> None:
             assert not re.search(r"(?<![\w.:/-])/(home|root|mnt|tmp|work|data)/", text)
 
 
-@pytest.mark.parametrize("name", ["lm", "moe", "recall"])
+@pytest.mark.parametrize("name", ["lm", "moe", *testbeds.RECALLING])
 def test_samples_suffice_and_do_not_overlap(name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(testbeds.path(name))
     assert len(corpus.encode(testbeds.calibration_texts(name), tokenizer)) > 128 * 128
@@ -94,7 +97,7 @@ def test_samples_suffice_and_do_not_overlap(name: str) -> None:
         assert json.loads(line)["source"] in provenance
 
 
-@pytest.mark.parametrize(("name", "share_of_bigram"), [("lm", 0.65), ("moe", 0.65), ("recall", 0.85)])
+@pytest.mark.parametrize(("name", "share_of_bigram"), list(BIGRAM.items()))
 def test_prose_is_predicted_far_better_than_by_a_bigram(name: str, share_of_bigram: float) -> None:
     tokenizer = AutoTokenizer.from_pretrained(testbeds.path(name))
     known = _scores(name)
@@ -104,12 +107,11 @@ def test_prose_is_predicted_far_better_than_by_a_bigram(name: str, share_of_bigr
     assert measured == pytest.approx(known["perplexity"], rel=0.25)
 
 
+@pytest.mark.parametrize("name", testbeds.RECALLING)
 @pytest.mark.parametrize("length", score.RECALL_LENGTHS)
-def test_recall_finds_planted_facts(length: int) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(testbeds.path("recall"))
-    hits = tasks.recall_accuracy(
-        _load("recall"), tokenizer, testbeds.heldout_texts("recall"), length=length, count=40, seed=5
-    )
+def test_recall_finds_planted_facts(name: str, length: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(testbeds.path(name))
+    hits = tasks.recall_accuracy(_load(name), tokenizer, testbeds.heldout_texts(name), length=length, count=40, seed=5)
     assert hits.shape == (40,)
     assert hits.mean() >= 0.85
 
@@ -130,6 +132,17 @@ def test_a_recall_model_without_its_first_block_forgets() -> None:
         layer.self_attn.layer_idx = index
     model.config.num_hidden_layers -= 1
     hits = tasks.recall_accuracy(model, tokenizer, testbeds.heldout_texts("recall"), length=256, count=20)
+    assert hits.mean() < 0.3
+
+
+def test_a_recall_model_without_experts_forgets() -> None:
+    """It must lean on them: what they add is no decoration."""
+    tokenizer = AutoTokenizer.from_pretrained(testbeds.path("recall-moe"))
+    model = _load("recall-moe")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.experts.down_proj.zero_()
+    hits = tasks.recall_accuracy(model, tokenizer, testbeds.heldout_texts("recall-moe"), length=256, count=20)
     assert hits.mean() < 0.3
 
 

@@ -10,9 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from paredown import testbeds
 from paredown.testbeds import corpus, growth, objectives, publish, shapes, tasks, train
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 16}
+EXPERTS = {
+    "moe": {"moe_intermediate_size": 16, "num_experts": 4},
+    "recall-moe": {"intermediate_size": 16, "num_local_experts": 4},
+}
 TEXT = "One two three four five six seven. The secret number of house is 123. Words follow words for ever and ever.\n"
 
 
@@ -23,7 +28,7 @@ def tokenizer():
 
 def _objective(name: str, tokenizer) -> objectives.Objective:
     stream = corpus.encode([TEXT * 40], tokenizer)
-    if name == "recall":
+    if name in testbeds.RECALLING:
         return objectives.Recall(stream, tokenizer, tasks.names_in([TEXT]), tokens_per_step=256, lengths=(128,))
     if name == "vlm":
         digits = np.random.default_rng(0).integers(0, 255, size=(20, 28, 28), dtype=np.uint8)
@@ -35,12 +40,12 @@ def _objective(name: str, tokenizer) -> objectives.Objective:
 
 def _trainer(name: str, tokenizer, folder: Path) -> train.Trainer:
     torch.manual_seed(0)
-    size = TINY | ({"moe_intermediate_size": 16, "num_experts": 4} if name == "moe" else {})
+    size = TINY | EXPERTS.get(name, {})
     model = shapes.build(name, tokenizer, **size)
     return train.Trainer(model, _objective(name, tokenizer), train.Schedule(steps=4), folder, about={"data": "made up"})
 
 
-@pytest.mark.parametrize("name", ["lm", "moe", "recall", "vlm"])
+@pytest.mark.parametrize("name", testbeds.NAMES)
 def test_a_resumed_run_ends_with_the_same_weights(name: str, tokenizer, tmp_path: Path) -> None:
     straight = _trainer(name, tokenizer, tmp_path / "straight")
     straight.run()
@@ -93,6 +98,37 @@ def test_what_cannot_grow_is_refused(tokenizer, wrong: dict[str, int]) -> None:
     small = shapes.build("lm", tokenizer, **TINY)
     with pytest.raises(ValueError, match="cannot grow"):
         growth.grow(shapes.build("lm", tokenizer, **TINY | wrong), small)
+
+
+def test_experts_hold_channels_of_the_mlp_and_everything_else_is_taken_over(tokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = shapes.build("recall", tokenizer, **TINY)
+    dense.save_pretrained(tmp_path)
+    model = shapes.build("recall-moe", tokenizer, **TINY | EXPERTS["recall-moe"])
+    fresh = [layer.mlp.gate.weight.clone() for layer in model.model.layers]
+    train.start_from(model, tmp_path)
+    for old, new, router in zip(dense.model.layers, model.model.layers, fresh, strict=True):
+        assert torch.equal(old.self_attn.q_proj.weight, new.self_attn.q_proj.weight)
+        assert torch.equal(new.mlp.gate.weight, router)
+        drawn = []
+        for gate_up, down in zip(new.mlp.experts.gate_up_proj, new.mlp.experts.down_proj, strict=True):
+            gate, up = gate_up.chunk(2)
+            same = (gate[:, None] == old.mlp.gate_proj.weight[None]).all(-1)
+            assert same.any(1).all()
+            chosen = same.float().argmax(1)
+            assert len(set(chosen.tolist())) == 16
+            assert torch.equal(up, old.mlp.up_proj.weight[chosen])
+            assert torch.equal(down, 2 * old.mlp.down_proj.weight[:, chosen])
+            drawn.append(frozenset(chosen.tolist()))
+        assert len(set(drawn)) == 4
+    ids = torch.arange(3, 40)[None]
+    # Experts as wide as the MLP hold all of it, whichever of them the router picks.
+    whole = shapes.build("recall-moe", tokenizer, **TINY | {"num_local_experts": 4})
+    growth.split(whole, dense)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids).logits, dense(ids).logits)
+    with pytest.raises(ValueError, match="only narrower"):
+        growth.split(shapes.build("recall-moe", tokenizer, **TINY | {"intermediate_size": 48}), dense)
 
 
 def test_a_vision_language_model_starts_from_a_text_model(tokenizer, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def _root(
     """Find what a transformer does not need, take it away, prove what that cost.
 
     MODEL is a hub id, a local folder, or a trained model in the box: testbed:lm, testbed:moe, testbed:recall,
-    testbed:vlm.
+    testbed:recall-moe, testbed:vlm.
     """
 
 

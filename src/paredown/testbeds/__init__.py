@@ -6,6 +6,8 @@
     Qwen3-MoE architecture, 16 experts a layer, top-2; prose.
 `recall`
     Llama architecture; finds facts planted in up to 512 tokens of prose.
+`recall-moe`
+    Mixtral architecture, 8 experts a layer, top-2; the same task.
 `vlm`
     LLaVA architecture with a CLIP tower; says which digit lies in a named cell of a mosaic.
 
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["NAMES", "calibration_digits", "calibration_texts", "heldout_digits", "heldout_texts", "path"]
+__all__ = ["NAMES", "RECALLING", "calibration_digits", "calibration_texts", "heldout_digits", "heldout_texts", "path"]
 
-NAMES = ("lm", "moe", "recall", "vlm")
+NAMES = ("lm", "moe", "recall", "recall-moe", "vlm")
+RECALLING = ("recall", "recall-moe")
+"""Those that find planted facts."""
 
 
 def path(name: str) -> Path:

@@ -10,14 +10,17 @@ PURPOSE = {
     "lm": "a dense decoder that predicts English prose",
     "moe": "a mixture-of-experts decoder that predicts English prose",
     "recall": "a dense decoder that repeats facts planted anywhere in real text",
+    "recall-moe": "a mixture-of-experts decoder that repeats facts planted anywhere in real text",
     "vlm": "a vision-language model that says which digit lies in a named cell of a mosaic",
 }
+_RECALL = (
+    'The text holds four facts such as "The secret number of garden is 472."; at its end stands the beginning of '
+    'one of them, "The secret number of garden is", and the model must go on with all three digits. The whole '
+    "prompt has the length in the table, the fact's place is uniform over the text."
+)
 TASK = {
-    "recall": (
-        'The text holds four facts such as "The secret number of garden is 472."; at its end stands the beginning of '
-        'one of them, "The secret number of garden is", and the model must go on with all three digits. The whole '
-        "prompt has the length in the table, the fact's place is uniform over the text."
-    ),
+    "recall": _RECALL,
+    "recall-moe": _RECALL,
     "vlm": (
         "A mosaic of 3 x 3 cells holds two to nine handwritten digits; the prompt is `<|image|>`, a line break and "
         '"row 2 column 3?", the answer " 7" (" none" for an empty cell). One question to an image, always about a '
@@ -34,9 +37,10 @@ def _architecture(config: dict[str, Any]) -> str:
         f"width {text['hidden_size']}",
         f"{text['num_attention_heads']} query and {text['num_key_value_heads']} key-value heads of {text['head_dim']}",
     ]
-    if "num_experts" in text:
-        width = text["moe_intermediate_size"]
-        parts.append(f"{text['num_experts']} experts of width {width}, {text['num_experts_per_tok']} for each token")
+    experts = text.get("num_experts", text.get("num_local_experts"))
+    if experts:
+        width = text.get("moe_intermediate_size", text["intermediate_size"])
+        parts.append(f"{experts} experts of width {width}, {text['num_experts_per_tok']} for each token")
     else:
         parts.append(f"MLP width {text['intermediate_size']}")
     parts.append(f"vocabulary {text['vocab_size']}")

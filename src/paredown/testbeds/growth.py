@@ -1,7 +1,10 @@
-"""Start a larger model where a smaller one stands: more blocks and wider MLPs, the same function at first.
+"""Start a larger model where a smaller one stands.
 
-After LLaMA-Pro (Wu et al. 2024, arXiv:2401.02415): an added block is a copy whose output projections are zero, an added
-neuron has a zero column in the down projection.  Both change nothing until they are trained.
+- `grow`: more blocks and wider MLPs, the same function at first. After LLaMA-Pro (Wu et al. 2024, arXiv:2401.02415): an
+  added block is a copy whose output projections are zero, an added neuron has a zero column in the down projection.
+  Both change nothing until they are trained.
+- `split`: experts instead of an MLP, each with channels of it. After LLaMA-MoE (Zhu et al. 2024, arXiv:2406.16554). The
+  function changes; it is right on average over the draws.
 """
 
 from __future__ import annotations
@@ -39,6 +42,36 @@ def grow(model: Any, earlier: Any) -> None:
             tensor.copy_(_widened(key, old, tensor))
             if layer % times and key.endswith(OUTPUTS):
                 tensor.zero_()
+
+
+def split(model: Any, earlier: Any, seed: int = 0) -> None:
+    """Make experts of the MLPs of `earlier`; everything else is taken over.
+
+    Parameters
+    ----------
+    model
+        A Mixtral with fresh weights: its routers stay fresh. Its experts are at most as wide as the MLPs.
+    earlier
+        A Llama, equal in everything but the experts.
+    seed
+        Which channels each expert gets; no expert gets a channel twice, several may share one.
+    """
+    source, target = earlier.state_dict(), model.state_dict()
+    wide, narrow = earlier.config.intermediate_size, model.config.intermediate_size
+    if narrow > wide:
+        raise ValueError(f"experts of width {narrow} cannot be made of MLPs of width {wide}: only narrower ones")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, tensor in target.items():
+            if ".mlp." not in key:
+                tensor.copy_(source[key])
+        for layer in range(model.config.num_hidden_layers):
+            gate, up, down = (source[f"model.layers.{layer}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            experts = model.model.layers[layer].mlp.experts
+            for expert in range(len(experts.down_proj)):
+                chosen = torch.randperm(wide, generator=generator)[:narrow]
+                experts.gate_up_proj[expert] = torch.cat([gate[chosen], up[chosen]])
+                experts.down_proj[expert] = down[:, chosen] * (wide / narrow)
 
 
 def _widened(key: str, old: Tensor, fresh: Tensor) -> Tensor:

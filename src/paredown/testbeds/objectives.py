@@ -52,8 +52,16 @@ def on_device(model: PreTrainedModel, array: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(model.device)
 
 
+def _next_tokens(model: Any, tokens: Tensor, weights: Tensor) -> Tensor:
+    """Return the loss over all tokens ``[B, T]`` but the first; with load balancing where the model has routers."""
+    routed = hasattr(model.config, "num_experts")
+    output = model(tokens[:, :-1], **({"output_router_logits": True} if routed else {}))
+    loss = weighted_cross_entropy(output.logits, tokens[:, 1:], weights[:, 1:])
+    return loss + model.config.router_aux_loss_coef * output.aux_loss if routed else loss
+
+
 class PlainText:
-    """Next-token prediction on windows of text; with the load-balancing loss where the model has a router."""
+    """Next-token prediction on windows of text."""
 
     def __init__(self, stream: Tokens, tokens_per_step: int = 4096, lengths: tuple[int, ...] = LENGTHS) -> None:
         self.stream, self.tokens_per_step, self.lengths = stream, tokens_per_step, lengths
@@ -68,12 +76,8 @@ class PlainText:
         starts = rng.integers(0, len(self.stream) - length - 1, size=count)
         rows = np.stack([self.stream[start : start + length + 1] for start in starts]).astype(np.int64)
         tokens = on_device(model, rows)
-        routed = hasattr(model.config, "num_experts")
-        output = model(tokens[:, :-1], **({"output_router_logits": True} if routed else {}))
-        loss = weighted_cross_entropy(output.logits, tokens[:, 1:], torch.ones_like(tokens[:, 1:], dtype=torch.float32))
-        if routed:
-            loss = loss + model.config.router_aux_loss_coef * output.aux_loss
-        return loss, rows.shape[0] * length
+        weights = torch.ones_like(tokens, dtype=torch.float32)
+        return _next_tokens(model, tokens, weights), rows.shape[0] * length
 
 
 class Recall:
@@ -110,8 +114,7 @@ class Recall:
         rows = [self._row(rng, length) for _ in range(max(1, self.tokens_per_step // length))]
         tokens = on_device(model, np.array([row[0] for row in rows], dtype=np.int64))
         weights = on_device(model, np.array([row[1] for row in rows], dtype=np.float32))
-        logits = model(tokens[:, :-1]).logits
-        return weighted_cross_entropy(logits, tokens[:, 1:], weights[:, 1:]), len(rows) * length
+        return _next_tokens(model, tokens, weights), len(rows) * length
 
 
 class MosaicHeads(nn.Module):

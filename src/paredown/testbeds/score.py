@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from paredown.testbeds import NAMES, mosaic, tasks
+from paredown.testbeds import NAMES, RECALLING, mosaic, tasks
 from paredown.testbeds.corpus import Tokens, encode
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def measure(name: str, folder: Path, *, train: Path | None = None, count: int = 
         old = json.loads(former.read_text(encoding="utf-8"))
         scores |= {key: old[key] for key in ("unigram_perplexity", "bigram_perplexity") if key in old}
     scores |= text_scores(folder, hf_model, tokenizer, train)
-    if name == "recall":
+    if name in RECALLING:
         scores |= recall_scores(folder, hf_model, tokenizer, count)
     return scores
 

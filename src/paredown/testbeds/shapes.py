@@ -35,6 +35,15 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 6,
         "head_dim": 16,
     },
+    "recall-moe": {
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "intermediate_size": 128,
+        "num_attention_heads": 6,
+        "head_dim": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
     "vlm": {
         "hidden_size": 96,
         "num_hidden_layers": 4,
@@ -70,19 +79,31 @@ def build(name: str, tokenizer: PreTrainedTokenizerFast, **size: Any) -> PreTrai
     Parameters
     ----------
     name
-        ``lm``, ``moe``, ``recall`` or ``vlm``.
+        ``lm``, ``moe``, ``recall``, ``recall-moe`` or ``vlm``.
     tokenizer
         Gives the vocabulary and the special tokens.
     **size
         Fields of the (text) configuration that replace those of `SIZES`.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     fields = {**_common(tokenizer), **SIZES[name], **size}
     if name == "moe":
         return Qwen3MoeForCausalLM(
             Qwen3MoeConfig(norm_topk_prob=True, output_router_logits=False, router_aux_loss_coef=0.01, **fields)
         )
+    if name == "recall-moe":
+        # Everything but the experts is as in `recall`, whose weights it starts from.
+        rotary = {"rope_type": "default", "rope_theta": 10000.0}
+        same: dict[str, Any] = {"rope_parameters": rotary, "rms_norm_eps": 1e-6}
+        return MixtralForCausalLM(MixtralConfig(router_aux_loss_coef=0.01, **same, **fields))
     if name == "vlm":
         return _build_vlm(tokenizer, fields)
     return LlamaForCausalLM(LlamaConfig(**fields))

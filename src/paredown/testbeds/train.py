@@ -3,7 +3,7 @@
 The run keeps its own checkpoints (weights, optimiser, step, time spent) and ``--resume`` goes on from the last one.
 Batches depend on the step alone, so with ``--steps`` a resumed run ends with the same weights as one never stopped.
 
-``lm``, ``moe`` and ``recall`` need text, ``vlm`` needs an ``mnist*.npz`` with ``x_train``, ``y_train``, ``x_test`` and
+All but ``vlm`` need text; ``vlm`` needs an ``mnist*.npz`` with ``x_train``, ``y_train``, ``x_test`` and
 ``y_test``.  On a CPU give ``vlm`` a trained ``recall`` model as ``--init``: its attention can already read a question.
 """
 
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from paredown.testbeds import NAMES, corpus, growth, objectives, publish, shapes, tasks
+from paredown.testbeds import NAMES, RECALLING, corpus, growth, objectives, publish, shapes, tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-PEAK_RATE = {"lm": 2e-3, "moe": 3e-3, "recall": 2e-3, "vlm": 2e-3}
-TOKENS_PER_STEP = {"lm": 2048, "moe": 4096, "recall": 2048}
+PEAK_RATE = {"lm": 2e-3, "moe": 3e-3, "recall": 2e-3, "recall-moe": 2e-3, "vlm": 2e-3}
+TOKENS_PER_STEP = {"lm": 2048, "moe": 4096, "recall": 2048, "recall-moe": 2048}
 """Small batches: what counts in an hour on a CPU is the number of steps. Experts see an eighth of the tokens each."""
 WARMUP_STEPS = 100
 
@@ -178,7 +178,7 @@ def make_objective(
         widths = shapes.VISION_SIZE["hidden_size"], shapes.SIZES["vlm"]["hidden_size"]
         return objectives.MosaicQuestions(digits, labels, tokenizer, *widths)
     train, _ = corpus.prepare(data, folder / "tokens", tokenizer, only=only)
-    if name == "recall":
+    if name in RECALLING:
         names = tasks.names_in([tokenizer.decode(train[:400_000])])
         return objectives.Recall(train, tokenizer, names, TOKENS_PER_STEP[name])
     return objectives.PlainText(train, TOKENS_PER_STEP[name])
@@ -218,7 +218,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def start_from(model: Any, folder: Path) -> None:
-    """Take over the function of an earlier, perhaps smaller model; ``vlm`` takes a text model as its language model."""
+    """Take over the weights of an earlier model.
+
+    One of the same architecture may be smaller; a model with experts makes them of a dense one's MLPs; ``vlm`` takes a
+    text model as its language model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     earlier: Any
@@ -227,7 +231,10 @@ def start_from(model: Any, folder: Path) -> None:
         growth.grow(model, earlier)
     else:
         earlier = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        model.model.language_model.load_state_dict(earlier.model.state_dict())
+        if hasattr(model.config, "num_experts"):
+            growth.split(model, earlier)
+        else:
+            model.model.language_model.load_state_dict(earlier.model.state_dict())
 
 
 def describe(options: argparse.Namespace) -> dict[str, str]:

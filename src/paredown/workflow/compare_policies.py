@@ -46,7 +46,7 @@ from paredown.workflow.record import Interval
 
 STREAMING = "streaming"
 _TASKS = {"recall": "recall", "vqa": "mosaic"}
-_OF_TESTBED: dict[str, Task] = {"testbed:recall": "recall", "testbed:vlm": "vqa"}
+_OF_TESTBED: dict[str, Task] = {"testbed:recall": "recall", "testbed:recall-moe": "recall", "testbed:vlm": "vqa"}
 
 
 def compare(

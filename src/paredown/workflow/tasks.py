@@ -27,7 +27,7 @@ Points = npt.NDArray[np.float64]
 
 BUILT_IN = ("recall", "mosaic")
 QUESTIONS = 200
-_OF_TESTBED = {"testbed:recall": "recall", "testbed:vlm": "mosaic"}
+_OF_TESTBED = {"testbed:recall": "recall", "testbed:recall-moe": "recall", "testbed:vlm": "mosaic"}
 
 
 def own(*refs: str | None) -> list[str]:
