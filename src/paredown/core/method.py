@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from paredown.core.edits import Edit
+from paredown.errors import PolicyError
 
 if TYPE_CHECKING:
     import torch
@@ -294,6 +295,18 @@ class Policy(Method):
             If the policy lacks something that :meth:`prepare` makes.
         """
         raise NotImplementedError
+
+    def learning(self, model: Model) -> Runtime:
+        """Return a runtime that does the same and lets gradients reach the weights of ``model``, to train it under.
+
+        Raises
+        ------
+        PolicyError
+            If there is no such form.
+        """
+        raise PolicyError(
+            f"no model can be trained under {self.name}: it has no form that gradients pass; heal without it."
+        )
 
     def prepare(
         self: P,

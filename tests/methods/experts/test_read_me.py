@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache
 
-from paredown.core.attach import attach, wrap
+from paredown.core.attach import attach, attach_runtimes, wrap
 from paredown.core.calibration import Batch
 from paredown.core.experts import channels, domains
 from paredown.core.experts.channels import Bank, Groups
@@ -110,7 +110,56 @@ class TestEverythingKept:
         assert policy.prepare(wrap(families.llama()), None) is policy
 
 
+class TestFirst:
+    def test_channels_may_be_those_of_the_model_that_a_recipe_began_with(self, tmp_path):
+        first, later = families.llama(), families.llama()
+        with torch.no_grad():
+            for layer in later.model.layers:
+                layer.mlp.up_proj.weight.copy_(layer.mlp.up_proj.weight.flip(0))
+        wrap(first).save(tmp_path / "first")
+        model = wrap(later)
+        model.original = tmp_path / "first"
+        masks = {}
+        for name, hf, fields in (("first", first, {}), ("own", later, {}), ("taken", later, {"channels_of": "first"})):
+            policy = ReadMe(**SMALL, **fields).prepare(
+                wrap(hf) if name == "first" else model, text(), folder=str(tmp_path / name)
+            )
+            masks[name] = policy.load(model)[0]
+        for layer, mask in masks["first"].items():
+            assert torch.equal(mask, masks["taken"][layer])
+            assert not torch.equal(mask, masks["own"][layer])
+
+    def test_a_first_model_of_other_sizes_is_refused(self, tmp_path):
+        shorter = families.llama()
+        shorter.model.layers = shorter.model.layers[:-1]
+        shorter.config.num_hidden_layers -= 1
+        wrap(shorter).save(tmp_path / "first")
+        model = wrap(families.llama())
+        model.original = tmp_path / "first"
+        with pytest.raises(PolicyError, match="set channels_of=model"):
+            ReadMe(**SMALL, channels_of="first").prepare(model, text(), folder=str(tmp_path / "kept"))
+
+
 class TestConversion:
+    @pytest.mark.parametrize("family", ["llama", "gemma3"])
+    def test_the_form_that_learns_says_the_same_and_gradients_reach_the_model(self, family, tmp_path):
+        hf, ids = families.FAMILIES[family](), running.ids(2, 20)
+        policy = learned(hf, tmp_path, keep=0.4)
+        with attach(hf, policy), torch.no_grad():
+            expected = hf(ids).logits
+        with attach_runtimes(wrap(hf), [policy.learning(wrap(hf))]):
+            found = hf(ids, use_cache=False).logits
+            found.sum().backward()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        masks, _ = policy.load(wrap(hf))
+        for layer, mask in masks.items():
+            part = wrap(hf).anatomy.language.blocks[layer]
+            down: Any = hf.get_submodule(f"{part.path}.{part.mlp.down}")
+            reached = down.weight.grad.abs().sum(0) > 0
+            assert reached.any()
+            assert not reached[~mask.any(0)].any()
+            assert not down._forward_pre_hooks
+
     @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
     def test_masked_fused_and_separate_are_one(self, family):
         # Card: masked dense == converted experts (fused) == residual + own (separate), to 1e-5; biases counted once.

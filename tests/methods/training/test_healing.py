@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import families
@@ -11,8 +12,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from paredown import registry
 from paredown.core.checkpoint import Model
 from paredown.core.edits import ChangeWeights
+from paredown.core.learning import training
+from paredown.core.method import Policy
+from paredown.errors import PolicyError, RecipeError
 from paredown.methods.training.healing import Healing
 
 SHORT: dict[str, Any] = {"steps": 3, "lr": 1e-2, "batch": 2}
@@ -127,3 +132,100 @@ def test_a_killed_step_goes_on(tmp_path):
     method.compress(again, matrix.batch(8), seed=2, original=model, folder=tmp_path)
     known = undisturbed.hf.state_dict()
     assert all(torch.equal(known[name], tensor) for name, tensor in again.hf.state_dict().items())
+
+
+UNDER = {"experts": 2, "steps": 4, "batch": 4, "width": 16}
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields"),
+    [
+        ("read-me", {**UNDER, "keep": 0.5, "channels_of": "first"}),
+        ("random-channel-experts", {"keep": 0.5, "experts": 2}),
+    ],
+)
+def test_a_model_learns_to_do_with_what_a_policy_leaves(policy, fields, tmp_path):
+    data = matrix.batch(8)
+    healed, plain = model(), model()
+    common: dict[str, Any] = {"steps": 30, "lr": 3e-3, "batch": 8}
+    step = Healing(**common, under=policy, fields=fields)
+    outcome = step.compress(healed, data)
+    Healing(**common).compress(plain, data)
+    made = step.policy()
+    assert made is not None
+    model().save(tmp_path / "first")
+    losses = []
+    for number, found in enumerate((model(), plain, healed)):
+        found.original = tmp_path / "first"
+        ready = made.prepare(found, data, folder=str(tmp_path / str(number)))
+        with ready.attach(found), torch.no_grad():
+            losses.append(float(found.hf(input_ids=data.input_ids, labels=data.input_ids).loss))
+    untouched, without, under = losses
+    print(losses)
+    assert under < without < untouched
+    assert outcome.coverage["losses"][-1] < 0.85 * outcome.coverage["losses"][0]
+    assert "prepare" in outcome.seconds_by_stage
+
+
+def test_what_no_expert_of_a_token_has_is_not_trained():
+    """Masked channels get no gradient: with one expert for all, the others' weights stay bit for bit."""
+    found, data = model(), matrix.batch(4)
+    before = state(found)
+    fields = {"keep": 0.5, "experts": 1}
+    Healing(**SHORT, under="random-channel-experts", fields=fields).compress(found, data)
+    policy = registry.create("random-channel-experts", **fields)
+    assert isinstance(policy, Policy)
+    runtime: Any = policy.learning(found)
+    for layer, live in runtime.live.items():
+        own = live.masks[0]
+        moved = found.hf.model.layers[layer].mlp.up_proj.weight != before[f"model.layers.{layer}.mlp.up_proj.weight"]
+        assert moved[own].any(1).all()
+        assert not moved[~own].any()
+
+
+def test_the_policy_is_taken_off_again_and_a_killed_run_goes_on_alike(tmp_path, monkeypatch):
+    data = matrix.batch(8)
+    step = Healing(steps=6, lr=1e-2, batch=2, under="read-me", fields={**UNDER, "keep": 0.5})
+    whole = model()
+    step.compress(whole, data, folder=tmp_path / "whole")
+    assert not whole.hf.__dict__.get("_paredown_attachment")
+    fit = training.fit
+
+    def killed(*args: Any, **told: Any) -> Any:
+        if told.get("what") == "healing":
+            settings = dataclasses.replace(args[2], save_every=2)
+            seen = told["progress"]
+
+            def stop(done: int, total: int, text: str) -> None:
+                if done >= 4:
+                    raise KeyboardInterrupt
+                if seen is not None:
+                    seen(done, total, text)
+
+            return fit(*args[:2], settings, **{**told, "progress": stop})
+        return fit(*args, **told)
+
+    again = model()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            step.compress(again, data, folder=tmp_path / "again")
+    fresh = model()
+    outcome = step.compress(fresh, data, folder=tmp_path / "again")
+    assert len(outcome.coverage["losses"]) == 6
+    for name, tensor in whole.hf.state_dict().items():
+        assert torch.equal(tensor, fresh.hf.state_dict()[name]), name
+
+
+def test_what_cannot_be_trained_under_is_refused():
+    for wrong, told in (({"fields": {"keep": 0.5}}, "name one"), ({"under": "read-me", "adapter_rank": 2}, "set adap")):
+        with pytest.raises(ValidationError, match=told):
+            Healing(**wrong)
+    found, data = model(), matrix.batch(8)
+    before = state(found)
+    with pytest.raises(PolicyError, match="no model can be trained under think"):
+        Healing(**SHORT, under="think", fields={"keep": 0.5}).compress(found, data)
+    with pytest.raises(RecipeError, match="name a policy"):
+        Healing(**SHORT, under="llm-drop", fields={"keep": 0.5}).compress(found, data)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(found).items())
+    assert Healing(**SHORT, under="read-me", fields={"keep": 1}).policy() is None

@@ -288,6 +288,26 @@ class Chosen(Companion):
         self.experts = experts if self.experts is None else torch.cat([self.experts, experts], dim=1)
 
 
+class _Live:
+    """A model's own MLP in which each token has the channels of its expert and zeros elsewhere."""
+
+    def __init__(self, hf: nn.Module, part: Block, masks: Tensor) -> None:
+        assert part.mlp is not None
+        self.down = hf.get_submodule(f"{part.path}.{part.mlp.down}")
+        self.masks = masks
+
+    def __call__(self, call: Feed, experts: Tensor) -> Tensor:
+        """Return what the MLP gives, ``[B, n, D]``, for tokens of ``experts`` ``[B, n]``."""
+        mask = self.masks.to(experts.device)[experts]
+        hook = self.down.register_forward_pre_hook(lambda _, args: (args[0] * mask.to(args[0].dtype),))
+        try:
+            out = call.own(call.hidden)
+        finally:
+            hook.remove()
+        assert isinstance(out, Tensor)
+        return out
+
+
 class ChannelExperts(Runtime):
     """Runs each token through the channels of one expert, the same in every layer.
 
@@ -296,9 +316,19 @@ class ChannelExperts(Runtime):
     Parameters
     ----------
     masks : ``[D, width]`` for each dense layer
+    separate : see `Bank`
+    live : run the model's own MLPs with the other channels at zero, so that its weights can be trained; saves nothing
     """
 
-    def __init__(self, policy: Policy, model: Model, masks: Mapping[int, Tensor], *, separate: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        model: Model,
+        masks: Mapping[int, Tensor],
+        *,
+        separate: bool = False,
+        live: bool = False,
+    ) -> None:
         super().__init__(policy, model)
         blocks = dense_blocks(model)
         wanted = {index: part.mlp.width for index, part in blocks.items() if part.mlp is not None}
@@ -308,6 +338,11 @@ class ChannelExperts(Runtime):
                 "prepare it with this one."
             )
         self.count = len(next(iter(masks.values())))
+        self.banks: dict[int, Bank] = {}
+        self.live: dict[int, _Live] = {}
+        if live:
+            self.live = {index: _Live(model.hf, part, masks[index]) for index, part in blocks.items()}
+            return
         with torch.no_grad():
             self.banks = {
                 index: Bank(model.hf.get_submodule(part.path), part, masks[index], separate=separate)
@@ -334,6 +369,8 @@ class ChannelExperts(Runtime):
             held.add(self.choose(now.ids, now, held))
 
     def feed(self, call: Feed) -> Tensor | None:
+        if call.layer in self.live:
+            return self.live[call.layer](call, self._experts(call))
         bank = self.banks.get(call.layer)
         if bank is None:
             return None
@@ -344,13 +381,15 @@ class ChannelExperts(Runtime):
         """Return the rows by expert: once for as long as the rows are the same."""
         memo = call.now.memo
         if "channel groups" not in memo or memo["channel groups"][0] is not call.rows:
-            held = call.now.companions[self]
-            assert isinstance(held, Chosen)
-            assert held.experts is not None
-            if call.rows is None:
-                experts = held.experts[:, call.now.past :]
-            else:
-                experts = held.experts.gather(1, call.rows.clamp_min(0))
-            memo["channel groups"] = call.rows, Groups(experts.flatten(), self.count)
+            memo["channel groups"] = call.rows, Groups(self._experts(call).flatten(), self.count)
         groups: Groups = memo["channel groups"][1]
         return groups
+
+    def _experts(self, call: Feed) -> Tensor:
+        """Return the expert of each row, ``[B, n]``."""
+        held = call.now.companions[self]
+        assert isinstance(held, Chosen)
+        assert held.experts is not None
+        if call.rows is None:
+            return held.experts[:, call.now.past :]
+        return held.experts.gather(1, call.rows.clamp_min(0))

@@ -34,11 +34,17 @@ class RandomChannelExperts(Policy):
 
     def runtime(self, model: Model) -> Runtime:
         """Choose channels in all layers with a dense MLP."""
-        masks = {
+        return _ByToken(self, model, self._masks(model))
+
+    def learning(self, model: Model) -> Runtime:
+        """Mask the model's own MLPs."""
+        return _ByToken(self, model, self._masks(model), live=True)
+
+    def _masks(self, model: Model) -> dict[int, Tensor]:
+        return {
             layer: channels.strongest(self._drawn(layer, width), count)
             for layer, (width, count) in channels.widths(model, self.keep).items()
         }
-        return _ByToken(self, model, masks)
 
     def _drawn(self, layer: int, width: int) -> Tensor:
         draw = torch.Generator().manual_seed(self.seed * 10_007 + layer)

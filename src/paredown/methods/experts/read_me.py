@@ -7,8 +7,10 @@ Source: "Read-ME: Refactorizing LLMs as Router-Decoupled Mixture of Experts with
 - The router remembers its own keys and values, so reading at once, in chunks, turns or token by token gives the same
   experts; the released one decodes from uninitialised memory.
 - Its target compares absolute activations, as the masks do; ``signed`` is the released form.
-- A policy leaves the model as it is: the 200 backbone steps that the source alternates with 100 router steps are no
-  part of this. Heal the model in a step before or after, and prepare again.
+- A policy leaves the model as it is. The 200 backbone steps that the source alternates with 100 router steps are steps
+  of a recipe, ``{method: healing, steps: 200, under: read-me}``: it prepares channels and router and trains the model
+  with each token masked to its expert. Behind it the policy is prepared anew; with ``channels_of=first`` its experts
+  are the same again (the source measures them once) and the router alone is new.
 - (inferred) Where no domains are named, they are found: k-means over the rows' mean token embeddings.
 - (inferred) The learning rate, which neither paper nor scripts tell.
 """
@@ -24,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from paredown.core import checkpoint
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.experts import channels, domains
@@ -63,6 +66,9 @@ class ReadMe(Policy):
     layers: int = Field(2, ge=1, description="Layers of the router.")
     width: int = Field(64, ge=4, description="Width of the router, at most the model's.")
     heads: int = Field(2, ge=1, description="Attention heads of the router.")
+    channels_of: Literal["model", "first"] = Field(
+        "model", description="Where channels are measured: this model, or the one that the recipe began with."
+    )
     signed: bool = Field(False, description="Let the router's target compare signed activations, as released.")
     steps: int = Field(100, ge=0, description="Training steps of the router.")
     batch: int = Field(16, ge=1, description="Rows in a training step.")
@@ -78,6 +84,11 @@ class ReadMe(Policy):
         masks, router = self.load(model)
         return ReadMeExperts(self, model, masks, router)
 
+    def learning(self, model: Model) -> ReadMeExperts:
+        """Mask the model's own MLPs, router frozen: the source's backbone steps."""
+        masks, router = self.load(model)
+        return ReadMeExperts(self, model, masks, router, live=True)
+
     def prepare(
         self,
         model: Model,
@@ -91,12 +102,12 @@ class ReadMe(Policy):
         if self.inert or self.weights is not None:
             return self
         folder = learned.place(self.name, folder, what="channels and its router")
-        sizes = channels.widths(model, self.keep)
-        ids, mask, belongs = self._rows(model, data, seed)
+        measured, sizes = self._measured(model), channels.widths(model, self.keep)
+        ids, mask, belongs = self._rows(measured, data, seed)
         count = int(belongs.max()) + 1
         if progress is not None:
             progress(0, self.steps, f"{self.name}: channels of {count} domains")
-        means = channels.domain_means(model, ids, mask, belongs, count)
+        means = channels.domain_means(measured, ids, mask, belongs, count)
         masks = {layer: channels.strongest(mean, sizes[layer][1]) for layer, mean in means.items()}
         router = self._router(model, count, seed)
         targets = self._targets(model, ids, mask, masks)
@@ -108,6 +119,19 @@ class ReadMe(Policy):
         held = {f"{_MASKS}{layer}": one.to(torch.uint8) for layer, one in masks.items()}
         held |= {f"{_ROUTER}{name}": tensor for name, tensor in router.state_dict().items()}
         return self.model_copy(update={"weights": learned.keep(held, folder, _FILE)})
+
+    def _measured(self, model: Model) -> Model:
+        """Return the model that says which channels belong to which domain."""
+        if self.channels_of == "model" or model.original is None:
+            return model
+        like: dict[str, Any] = {"dtype": model.hf.dtype, "device": str(model.hf.device)}
+        first = checkpoint.load(model.original, policies=False, **like)
+        if channels.widths(first, self.keep) != channels.widths(model, self.keep):
+            raise PolicyError(
+                f"the MLPs of {first.source} are not those of this model any more, so its channels cannot be used; set "
+                "channels_of=model."
+            )
+        return first
 
     def _rows(self, model: Model, data: Batch | None, seed: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return rows of tokens, their mask, and the domain of each."""
@@ -183,8 +207,10 @@ class ReadMeExperts(ChannelExperts):
 
     policy: ReadMe
 
-    def __init__(self, policy: ReadMe, model: Model, masks: dict[int, Tensor], router: Router) -> None:
-        super().__init__(policy, model, masks, separate=policy.form == "separate")
+    def __init__(
+        self, policy: ReadMe, model: Model, masks: dict[int, Tensor], router: Router, *, live: bool = False
+    ) -> None:
+        super().__init__(policy, model, masks, separate=policy.form == "separate", live=live)
         self.router = router
 
     def companion(self) -> Memory:

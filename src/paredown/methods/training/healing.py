@@ -3,17 +3,22 @@
 No paper of its own. Sajjad et al., LLM-Drop, ShortGPT, Relaxed Recursive Transformers and others all end in one; the
 frozen share is the sparse update of TrimLLM (2412.11242): blocks that the model does without most easily, judged by
 leaving out one sub-layer at a time, are not trained. Which rows are looked at for that is ours: the first few of those
-that are trained on, for nothing is decided here that training could profit from twice.
+that are trained on, for nothing is decided here that training could profit from twice. To train under a policy
+is what Read-ME (2410.19123) does to the weights that its experts are cut from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from paredown import registry
 from paredown.core.anatomy import Block
+from paredown.core.attach import attach_runtimes
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model, below
 from paredown.core.depth import bypass
@@ -21,9 +26,9 @@ from paredown.core.depth.gates import gated, units
 from paredown.core.edits import ChangeWeights, Edit
 from paredown.core.learning import healing
 from paredown.core.learning.uptraining import lessons
-from paredown.core.method import WholeModelCompressor, register
+from paredown.core.method import Policy, WholeModelCompressor, register
 from paredown.core.session import Session
-from paredown.errors import DataError
+from paredown.errors import DataError, RecipeError
 
 _USUAL_ROWS = 64
 _LOOKED_AT = 8
@@ -37,6 +42,9 @@ class Healing(WholeModelCompressor):
     states, or a weighted sum of these. All weights are trained, or some, or adapters that are then merged into them.
     Weights are trained in fp32 and rounded to the model's dtype once, at the end. It takes text to learn from: a few
     dozen rows are soon known by heart.
+
+    ``under`` names a policy that the model is to run with later: it is prepared first, with the same text, and the
+    model is trained to do without what it takes away. Behind this step the recipe prepares it again.
     """
 
     name = "healing"
@@ -58,6 +66,16 @@ class Healing(WholeModelCompressor):
     trainable: Literal["all", "blocks", "norms"] = Field("all", description="Which weights are trained.")
     frozen: float = Field(0.0, ge=0, lt=1, description="Share of the blocks that stays as it is: the easiest to miss.")
     keep_zeros: bool = Field(True, description="Whether weights that an earlier step pruned to zero stay zero.")
+    under: str | None = Field(None, description="Policy that is prepared first and under which the model is trained.")
+    fields: dict[str, Any] = Field({}, description="Fields of that policy.")
+
+    @model_validator(mode="after")
+    def _together(self) -> Healing:
+        if self.under is None and self.fields:
+            raise ValueError("fields are those of a policy; name one with under")
+        if self.under is not None and self.adapter_rank:
+            raise ValueError("under a policy the weights themselves are trained; set adapter_rank=0")
+        return self
 
     def transform(self, model: Model, data: Batch | None, session: Session) -> list[Edit]:
         """Train, and say for each block how many weights were."""
@@ -73,7 +91,7 @@ class Healing(WholeModelCompressor):
         teacher, states = lessons(
             model, data, session, logits=bool(self.distil), states=bool(self.hidden), batch=self.batch, top=self.top
         )
-        with session.timed("train"):
+        with self._under(model, data, session), session.timed("train"):
             fitted = healing.heal(
                 model,
                 data,
@@ -116,6 +134,37 @@ class Healing(WholeModelCompressor):
         taught = 1.0 if self.distil or self.hidden else 0.0
         looked = 2 * len(blocks) * _LOOKED_AT / _USUAL_ROWS if self.frozen else 0.0
         return 3 * self.steps * self.batch / _USUAL_ROWS + taught + looked
+
+    @contextlib.contextmanager
+    def _under(self, model: Model, data: Batch, session: Session) -> Iterator[None]:
+        """Prepare the policy, if there is one, and attach the form of it that lets gradients through."""
+        policy = self.policy()
+        if policy is None:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            place = session.place("policy")
+            folder = str(place) if place else stack.enter_context(tempfile.TemporaryDirectory(prefix="paredown-"))
+            with session.timed("prepare"):
+                ready = policy.prepare(model, data, seed=session.seed, folder=folder, progress=session.progress)
+                runtime = ready.learning(model)
+            stack.enter_context(attach_runtimes(model, [runtime], [ready]))
+            yield
+
+    def policy(self) -> Policy | None:
+        """Return the policy that the model is trained under, or None.
+
+        Raises
+        ------
+        RecipeError
+            If there is no such policy, or its fields are wrong.
+        """
+        if self.under is None:
+            return None
+        made = registry.create(self.under, **self.fields)
+        if not isinstance(made, Policy):
+            raise RecipeError(f"{self.name} trains under policies, and {self.under} is a {made.kind}; name a policy.")
+        return None if made.inert else made
 
     def _still(self, model: Model, data: Batch) -> tuple[int, ...]:
         some = data.take(slice(_LOOKED_AT))
