@@ -29,7 +29,7 @@ from paredown.workflow.record import Interval
 
 QUESTION = "What does each method of this axis save and cost, on the same model and the same text?"
 GOAL = "every method of the axis in one table, failures included"
-ASKED = {"depth": "testbed:recall"}
+ASKED = {"testbed:lm": "testbed:recall", "testbed:moe": "testbed:recall-moe"}
 """Where facts are planted and asked for: the method does the same to that testbed."""
 LENGTH, ROWS, SAMPLE, QUESTIONS = 256, 48, 32, 200
 PREFILL, DECODE, REPETITIONS = 256, 24, 5
@@ -81,10 +81,12 @@ def measure(axis: str) -> Result[AxisRow]:
         "Policies are read token by token behind the first half of each row and judged on the second half: their "
         "perplexity is not that of the other rows.",
     ]
-    if axis in ASKED:
-        notes.append(f"Recall: the same method on {ASKED[axis]}, {QUESTIONS} planted facts, all digits right.")
-    else:
-        notes.append("The testbeds of this axis were not taught to recall planted facts, so there is no such column.")
+    asked = " and ".join(
+        f"{ASKED[bed]} (for {bed})" for bed in dict.fromkeys(row.model for row in rows) if bed in ASKED
+    )
+    notes.append(
+        f"Recall: the same method, with the same fields, on {asked}; {QUESTIONS} planted facts, all digits right."
+    )
     return result(f"axis-{axis}", QUESTION, GOAL, rows, began, notes)
 
 
@@ -92,9 +94,9 @@ def _bed(axis: str, bed: str, lines: list[tuple[str, float, Mapping[str, Any]]])
     """Measure the lines of one testbed."""
     model = _load(bed)
     held = _rows(model, bed, "heldout", ROWS)
-    made = [_Made("", {}, 1.0, model, recall=_asked(axis, None))]
+    made = [_Made("", {}, 1.0, model, recall=_asked(bed, None))]
     for name, keep, fields in lines:
-        made.append(_make(axis, bed, name, keep, fields, model))
+        made.append(_make(bed, name, keep, fields, model))
         say(f"{axis}: {name} made in {made[-1].seconds:.0f} s")
     rows: list[AxisRow] = []
     speeds = _speeds(made, held.input_ids)
@@ -150,27 +152,27 @@ def _bytes(model: Model) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in plan.tensors(model).values())
 
 
-def _make(axis: str, bed: str, name: str, keep: float, fields: Mapping[str, Any], model: Model) -> _Made:
+def _make(bed: str, name: str, keep: float, fields: Mapping[str, Any], model: Model) -> _Made:
     method = registry.create(name, keep=keep, **fields)
     began = time.perf_counter()
     if isinstance(method, Compressor):
         own = _load(bed)
         method.compress(own, _rows(own, bed, "calibration", SAMPLE), seed=0)
-        return _Made(name, fields, keep, own, seconds=time.perf_counter() - began, recall=_asked(axis, method))
+        return _Made(name, fields, keep, own, seconds=time.perf_counter() - began, recall=_asked(bed, method))
     assert isinstance(method, Policy)
     folder = tempfile.TemporaryDirectory(prefix="paredown-axis-")
     ready = method.prepare(model, _rows(model, bed, "calibration", SAMPLE), seed=0, folder=folder.name)
     seconds = time.perf_counter() - began
-    return _Made(name, fields, keep, model, (ready,), seconds, _asked(axis, method), folder=folder)
+    return _Made(name, fields, keep, model, (ready,), seconds, _asked(bed, method), folder=folder)
 
 
-def _asked(axis: str, method: Compressor | Policy | None) -> float | None:
-    """Do to the recall testbed what is done to the other, and ask for planted facts."""
-    bed = ASKED.get(axis)
-    if bed is None:
+def _asked(bed: str, method: Compressor | Policy | None) -> float | None:
+    """Do to the recall testbed of the same kind what is done to the other, and ask for planted facts."""
+    asked = ASKED.get(bed)
+    if asked is None:
         return None
-    model = _load(bed)
-    data = _rows(model, bed, "calibration", SAMPLE)
+    model = _load(asked)
+    data = _rows(model, asked, "calibration", SAMPLE)
     acting: tuple[Policy, ...] = ()
     with tempfile.TemporaryDirectory(prefix="paredown-axis-") as folder:
         if isinstance(method, Policy):

@@ -23,6 +23,7 @@ from benchmarks.plan import PlanRow
 from benchmarks.policies import Outcome, PolicyResult
 from benchmarks.prompts import PromptRow
 from benchmarks.quality import Published
+from benchmarks.readme_rounds import RoundsRow
 from benchmarks.readme_serving import CAPACITIES, ChannelRow, ServingRow
 from benchmarks.rmoe import RepairRow
 from benchmarks.speed import SpeedRow
@@ -41,6 +42,7 @@ TYPES: dict[str, Any] = {
     "stun-forwards": Result[StunRow],
     "readme-serving": Result[ServingRow],
     "readme-speed": Result[ChannelRow],
+    "readme-rounds": Result[RoundsRow],
     "repair": Result[RepairRow],
     "evopress-search": Result[SearchRow],
     "checkfree-recovery": Result[RecoveryRow],
@@ -57,6 +59,7 @@ TITLES = {
     "stun-forwards": "Clustering more and more experts",
     "readme-serving": "Serving experts that are known beforehand",
     "readme-speed": "Half the channels a token",
+    "readme-rounds": "Training under experts",
     "repair": "Routers after experts were dropped",
     "evopress-search": "Searching for what to drop",
     "checkfree-recovery": "A lost pipeline stage",
@@ -277,6 +280,13 @@ def _repair(row: RepairRow) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _rounds(row: RoundsRow) -> tuple[str, ...]:
+    return (
+        row.way, str(row.steps), _score(row.perplexity, "ppl"), policies.difference(row.against_rounds, True),
+        _score(row.dense, "ppl"), f"{row.seconds:.0f} s",
+    )  # fmt: skip
+
+
 def _axis(row: AxisRow) -> tuple[str, ...]:
     fields = "".join(f" {key}={_short(value)}" for key, value in row.fields.items())
     kind = f" ({row.kind})" if row.kind not in ("", "compressor") else ""
@@ -339,6 +349,9 @@ _TABLES: dict[str, tuple[Sequence[str], Callable[[Any], tuple[str, ...]]]] = {
     "checkfree-recovery": (
         ("trained", "stage lost", "recovery", "loss before", "at once", "later", "seeds below random: at once, later"),
         _recovery,
+    ),
+    "readme-rounds": (
+        ("way", "steps", "perplexity", "less rounds (nats)", "without the policy", "time to make"), _rounds,
     ),
     "repair": (
         ("experts dropped by", "routers trained", "perplexity", "KL to the original", "loss against none",

@@ -223,9 +223,13 @@ def test_what_cannot_be_trained_under_is_refused():
             Healing(**wrong)
     found, data = model(), matrix.batch(8)
     before = state(found)
+    for under, told in (("think", "no form that gradients pass"), ("llm-drop", "name a policy")):
+        step = Healing(**SHORT, under=under, fields={"keep": 0.5})
+        with pytest.raises(RecipeError, match=told):
+            step.foretell(found.anatomy.language.blocks)
+        with pytest.raises(RecipeError, match=told):
+            step.compress(found, data)
     with pytest.raises(PolicyError, match="no model can be trained under think"):
-        Healing(**SHORT, under="think", fields={"keep": 0.5}).compress(found, data)
-    with pytest.raises(RecipeError, match="name a policy"):
-        Healing(**SHORT, under="llm-drop", fields={"keep": 0.5}).compress(found, data)
+        registry.create("think", keep=0.5).learning(found)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(found).items())
     assert Healing(**SHORT, under="read-me", fields={"keep": 1}).policy() is None

@@ -126,7 +126,8 @@ class Healing(WholeModelCompressor):
         return [_change(layer, count, self) for layer, count in counts.items() if count]
 
     def foretell(self, blocks: Sequence[Block]) -> list[Edit]:
-        """Return a change of every block: nothing becomes smaller."""
+        """Return a change of every block: nothing becomes smaller. A policy that cannot be is refused already here."""
+        self.policy()
         return [_change(block.index, 0, self) for block in blocks]
 
     def passes(self, blocks: Sequence[Block]) -> float:
@@ -157,13 +158,15 @@ class Healing(WholeModelCompressor):
         Raises
         ------
         RecipeError
-            If there is no such policy, or its fields are wrong.
+            If there is no such policy, its fields are wrong, or no model can be trained under it.
         """
         if self.under is None:
             return None
         made = registry.create(self.under, **self.fields)
         if not isinstance(made, Policy):
             raise RecipeError(f"{self.name} trains under policies, and {self.under} is a {made.kind}; name a policy.")
+        if type(made).learning is Policy.learning:
+            raise RecipeError(f"{self.under} has no form that gradients pass, so no model can be trained under it.")
         return None if made.inert else made
 
     def _still(self, model: Model, data: Batch) -> tuple[int, ...]:
