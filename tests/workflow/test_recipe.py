@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from paredown.errors import ParedownError, RecipeError, UsageError
-from paredown.workflow import recipe
+from paredown.workflow import plan, recipe
 from paredown.workflow.recipe import GateSpec
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WHOLE = """
 model: testbed:moe
 seed: 7
@@ -105,3 +108,10 @@ def test_messages_are_one_sentence_that_names_the_file(file, raw):
 def test_yaml_beyond_plain_data_never_crashes(file, text):
     with pytest.raises(ParedownError):
         recipe.read(file(text))
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_example_can_be_planned(file):
+    read = recipe.read(file)
+    planned = plan.plan(read, rehearse=False)
+    assert [one.method for one in planned] == [step.method for step in read.steps]

@@ -131,10 +131,11 @@ class Healing(WholeModelCompressor):
         return [_change(block.index, 0, self) for block in blocks]
 
     def passes(self, blocks: Sequence[Block]) -> float:
-        """Return the passes of a run on 64 rows: three for each that is trained on, one for a teacher."""
+        """Return the passes of a run on 64 rows: three for each that is trained on, one for a teacher, two a policy."""
         taught = 1.0 if self.distil or self.hidden else 0.0
         looked = 2 * len(blocks) * _LOOKED_AT / _USUAL_ROWS if self.frozen else 0.0
-        return 3 * self.steps * self.batch / _USUAL_ROWS + taught + looked
+        prepared = 0.0 if self.under is None else 2.0
+        return 3 * self.steps * self.batch / _USUAL_ROWS + taught + looked + prepared
 
     @contextlib.contextmanager
     def _under(self, model: Model, data: Batch, session: Session) -> Iterator[None]:
