@@ -23,9 +23,9 @@ from benchmarks.plan import PlanRow
 from benchmarks.policies import Outcome, PolicyResult
 from benchmarks.prompts import PromptRow
 from benchmarks.quality import Published
-from benchmarks.readme_rounds import RoundsRow
 from benchmarks.readme_serving import CAPACITIES, ChannelRow, ServingRow
 from benchmarks.rmoe import RepairRow
+from benchmarks.rounds import RoundsRow
 from benchmarks.speed import SpeedRow
 from benchmarks.stun import StunRow
 from paredown.workflow.measured import PolicyRow
@@ -43,6 +43,7 @@ TYPES: dict[str, Any] = {
     "readme-serving": Result[ServingRow],
     "readme-speed": Result[ChannelRow],
     "readme-rounds": Result[RoundsRow],
+    "gammamod-rounds": Result[RoundsRow],
     "repair": Result[RepairRow],
     "evopress-search": Result[SearchRow],
     "checkfree-recovery": Result[RecoveryRow],
@@ -59,7 +60,8 @@ TITLES = {
     "stun-forwards": "Clustering more and more experts",
     "readme-serving": "Serving experts that are known beforehand",
     "readme-speed": "Half the channels a token",
-    "readme-rounds": "Training under experts",
+    "readme-rounds": "Training under Read-ME",
+    "gammamod-rounds": "Training under gamma-MoD",
     "repair": "Routers after experts were dropped",
     "evopress-search": "Searching for what to drop",
     "checkfree-recovery": "A lost pipeline stage",
@@ -297,6 +299,7 @@ def _axis(row: AxisRow) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+_ROUNDS_HEAD = ("way", "steps", "perplexity", "less rounds (nats)", "without the policy", "time to make")
 _AXIS_HEAD = (
     "model", "method", "keep", "weights", "of whole", "prefill", "decode", "perplexity", "recall", "time to make",
 )  # fmt: skip
@@ -350,9 +353,8 @@ _TABLES: dict[str, tuple[Sequence[str], Callable[[Any], tuple[str, ...]]]] = {
         ("trained", "stage lost", "recovery", "loss before", "at once", "later", "seeds below random: at once, later"),
         _recovery,
     ),
-    "readme-rounds": (
-        ("way", "steps", "perplexity", "less rounds (nats)", "without the policy", "time to make"), _rounds,
-    ),
+    "readme-rounds": (_ROUNDS_HEAD, _rounds),
+    "gammamod-rounds": (_ROUNDS_HEAD, _rounds),
     "repair": (
         ("experts dropped by", "routers trained", "perplexity", "KL to the original", "loss against none",
          "against linear", "load entropy", "mutual information", "training"),

@@ -142,6 +142,8 @@ UNDER = {"experts": 2, "steps": 4, "batch": 4, "width": 16}
     [
         ("read-me", {**UNDER, "keep": 0.5, "channels_of": "first"}),
         ("random-channel-experts", {"keep": 0.5, "experts": 2}),
+        ("gamma-mod", {"keep": 0.6, "converted": 0.67, "steps": 4, "recent": 1, "samples": 4}),
+        ("random-tokens-a-layer", {"keep": 0.6, "converted": 0.67, "recent": 1, "samples": 4}),
     ],
 )
 def test_a_model_learns_to_do_with_what_a_policy_leaves(policy, fields, tmp_path):

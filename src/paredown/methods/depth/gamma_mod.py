@@ -12,10 +12,11 @@ official code Yaxin9Luo/Gamma-MOD. Different here, on purpose:
 - The prefix that may be skipped comes from where the image tokens are, not from a fixed length.
 - Thresholds of the prompt are set for each layer, from calibration data, to the share that is asked for; the published
   0.005 keeps nearly everything that the router has not strongly rejected.
-- The model stays frozen and the router alone is trained; the paper trains all weights. Low-rank adapters beside it are
-  left out. What the MLP adds to a token that enters is therefore not multiplied by the router's chance ``p``, which
-  nothing in a frozen model makes up for: it is multiplied by ``1 + (p - p)``, of which the second p has no gradient.
-  The router learns as it would, and the model reads what it is used to. ``weighted`` is the published form.
+- The model stays frozen and the router alone is trained; the paper trains all weights. A recipe can do that in a step
+  of its own, ``{method: healing, under: gamma-mod}``, with the policy behind it.
+- What the MLP adds to a token that enters is therefore not multiplied by the router's chance ``p``, which nothing in a
+  frozen model makes up for: it is multiplied by ``1 + (p - p)``, of which the second p has no gradient. The router
+  learns as it would, and the model reads what it is used to. ``weighted`` is the published form.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class GammaMoD(Policy):
         known = [(rank, -layer) for layer in convertible(model) if (rank := ranks[layer]) is not None]
         return tuple(sorted(-layer for _, layer in sorted(known)[:count])), ranks
 
-    def runtime(self, model: Model) -> Runtime:
+    def runtime(self, model: Model) -> Around:
         if self.layers is None or self.weights is None or self.thresholds is None:
             raise PolicyError(
                 f"{self.name} has not chosen layers of {type(model.hf).__name__} and trained its router yet; call "
@@ -164,6 +165,14 @@ class GammaMoD(Policy):
         )
         thresholds = dict(zip(layers, self.thresholds, strict=True))
         return Skips(self, model, thresholds, router)
+
+    def learning(self, model: Model) -> Runtime:
+        """Choose by number, as the router was trained, and leave the router as it is."""
+        runtime = self.runtime(model)
+        assert isinstance(runtime, Skips)
+        runtime.router.requires_grad_(False)
+        runtime.by_count = True
+        return runtime
 
     def prepare(
         self,
@@ -213,7 +222,7 @@ class RandomTokensALayer(GammaMoD):
 
     seed: int = Field(0, ge=0, description="What the choice is drawn with; each prompt has its own draw.")
 
-    def runtime(self, model: Model) -> Runtime:
+    def runtime(self, model: Model) -> Around:
         if self.layers is None:
             raise PolicyError(
                 f"{self.name} has not chosen layers of {type(model.hf).__name__} yet; call prepare with calibration "
@@ -221,6 +230,9 @@ class RandomTokensALayer(GammaMoD):
             )
         self.room(model)
         return _Drawn(self, model, tuple(sorted(set(self.layers))))
+
+    def learning(self, model: Model) -> Runtime:
+        return self.runtime(model)
 
     def prepare(
         self,
