@@ -129,7 +129,8 @@ class Step:
         """Open the whole model, let the method change it, and write it down."""
         assert isinstance(self.method, WholeModelCompressor)
         model = checkpoint.load(self.source, device=self.device, policies=False)
-        model.original = self.original
+        if self.original != self.source:
+            model.original = self.original
         outcome = self.method.compress(
             model,
             self._data(),
