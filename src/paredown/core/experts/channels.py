@@ -299,7 +299,8 @@ class _Live:
     def __call__(self, call: Feed, experts: Tensor) -> Tensor:
         """Return what the MLP gives, ``[B, n, D]``, for tokens of ``experts`` ``[B, n]``."""
         mask = self.masks.to(experts.device)[experts]
-        hook = self.down.register_forward_pre_hook(lambda _, args: (args[0] * mask.to(args[0].dtype),))
+        # Some families flatten rows on the way.
+        hook = self.down.register_forward_pre_hook(lambda _, args: (args[0] * mask.reshape(args[0].shape),))
         try:
             out = call.own(call.hidden)
         finally:
