@@ -29,8 +29,8 @@ from paredown.workflow.record import Interval
 
 QUESTION = "What does each method of this axis save and cost, on the same model and the same text?"
 GOAL = "every method of the axis in one table, failures included"
-ASKED = {"testbed:lm": "testbed:recall", "testbed:moe": "testbed:recall-moe"}
-"""Where facts are planted and asked for: the method does the same to that testbed."""
+ASKED = {"testbed:lm": "testbed:recall", "testbed:moe": "testbed:recall-moe", "testbed:recall": "testbed:recall"}
+"""Where facts are planted and asked for: the method does the same to that testbed, having looked at prose."""
 LENGTH, ROWS, SAMPLE, QUESTIONS = 256, 48, 32, 200
 PREFILL, DECODE, REPETITIONS = 256, 24, 5
 
@@ -85,7 +85,8 @@ def measure(axis: str) -> Result[AxisRow]:
         f"{ASKED[bed]} (for {bed})" for bed in dict.fromkeys(row.model for row in rows) if bed in ASKED
     )
     notes.append(
-        f"Recall: the same method, with the same fields, on {asked}; {QUESTIONS} planted facts, all digits right."
+        f"Recall: the same method, with the same fields, on {asked}; {QUESTIONS} planted facts, all digits right. "
+        "What methods look at or train on is prose without such facts."
     )
     return result(f"axis-{axis}", QUESTION, GOAL, rows, began, notes)
 
