@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -170,7 +169,9 @@ def test_vlm_has_a_cls_token_and_enough_visual_tokens() -> None:
     vision = model.config.vision_config
     assert (vision.image_size // vision.patch_size) ** 2 >= 144
     assert model.config.vision_feature_select_strategy == "default"
-    images = AutoImageProcessor.from_pretrained(folder)(np.zeros((84, 84, 3), dtype=np.uint8), return_tensors="pt")
+    images = AutoProcessor.from_pretrained(folder).image_processor(
+        np.zeros((84, 84, 3), dtype=np.uint8), return_tensors="pt"
+    )
     seen = model.model.vision_tower(images["pixel_values"], output_hidden_states=True)
     assert seen.hidden_states[-1].shape[1] == 145
     known = _scores("vlm")
