@@ -136,7 +136,7 @@ def measure(name: str) -> Result[RoundsRow]:
         f"{MODEL}, {subject.about}, {len(SEEDS)} seeds (calibration rows, order of training, random choices); "
         f"{ROUNDS} rounds of {STEPS} steps of {BATCH} rows of {LENGTH} tokens out of {SEQUENCES}, KL to the untouched "
         f"model, rate {RATE:g} and 0.8 of it in the second round. (The papers take the next-token loss on a billion "
-        f"tokens and on a million conversations; {SEQUENCES} rows are learned by heart that way.) Judged on {HELDOUT} "
+        f"tokens and on 665,000 conversations; {SEQUENCES} rows are learned by heart that way.) Judged on {HELDOUT} "
         "held-out rows, each read at once; intervals are over seeds.",
         "Without the policy: the trained model with nothing taken away, on the same rows.",
     ]
