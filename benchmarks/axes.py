@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import policies, quality
-from benchmarks.common import Frozen, Result, Spread, ratios, result, say
+from benchmarks.common import Frozen, Result, Spread, ratios, result, rows_of, say
 from paredown import registry
-from paredown.core import calibration, checkpoint
+from paredown.core import checkpoint
 from paredown.core.attach import attach
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
@@ -212,5 +212,4 @@ def _load(bed: str) -> Model:
 
 
 def _rows(model: Model, bed: str, split: Any, count: int) -> Batch:
-    texts = calibration.read(None, model_ref=bed, split=split)
-    return calibration.for_model(model, texts, length=LENGTH, sequences=count, seed=0)
+    return rows_of(model, bed, split, length=LENGTH, sequences=count)

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from benchmarks.common import Frozen, Result, Spread, result, say
-from paredown.core import calibration, checkpoint
+from benchmarks.common import Frozen, Result, Spread, result, rows_of, say
+from paredown.core import checkpoint
 from paredown.core.checkpoint import Model, quiet
 from paredown.methods.depth.checkfree import CheckFree, RandomCheckFree
 
@@ -124,12 +124,8 @@ def measure() -> Result[RecoveryRow]:
 
 def _text() -> tuple[Tensor, Tensor]:
     model = checkpoint.load(BED, dtype=torch.float32, policies=False)
-
-    def rows(split: Any, count: int) -> Tensor:
-        texts = calibration.read(None, model_ref=BED, split=split)
-        return calibration.for_model(model, texts, length=LENGTH, sequences=count).input_ids
-
-    return rows("calibration", ROWS), rows("heldout", HELD)
+    data = rows_of(model, BED, "calibration", length=LENGTH, sequences=ROWS)
+    return data.input_ids, rows_of(model, BED, "heldout", length=LENGTH, sequences=HELD).input_ids
 
 
 def _deviation(width: int) -> float:

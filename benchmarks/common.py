@@ -7,12 +7,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from paredown.core import calibration
 from paredown.workflow import measure
+
+if TYPE_CHECKING:
+    from paredown.core.calibration import Batch, Split
+    from paredown.core.checkpoint import Model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -126,6 +131,12 @@ def in_turns(jobs: Sequence[Callable[[], Any]], repetitions: int) -> list[list[f
 def ratios(of: Sequence[float], to: Sequence[float]) -> Spread:
     """Return the ratio of neighbouring measurements: what slowed one down has mostly slowed the other too."""
     return Spread.of([a / b for a, b in zip(of, to, strict=True)])
+
+
+def rows_of(model: Model, ref: str, split: Split, *, length: int, sequences: int, seed: int = 0) -> Batch:
+    """Return rows of the text that a testbed brings, as `model` reads them."""
+    texts = calibration.read(None, model_ref=ref, split=split)
+    return calibration.for_model(model, texts, length=length, sequences=sequences, seed=seed)
 
 
 def one_thread() -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import models
-from benchmarks.common import Frozen, Result, Spread, ratios, result, say
+from benchmarks.common import Frozen, Result, Spread, ratios, result, rows_of, say
 from paredown import registry, testbeds
-from paredown.core import calibration, checkpoint
+from paredown.core import checkpoint
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
 from paredown.core.compression import TOKENS_AT_ONCE
@@ -81,8 +81,7 @@ def _models() -> Iterator[tuple[str, Model, Batch]]:
         except Exception:
             continue
         model = checkpoint.load(ref)
-        texts = calibration.read(None, model_ref=ref, split="calibration")
-        yield ref, model, calibration.for_model(model, texts, length=LENGTH, sequences=ROWS)
+        yield ref, model, rows_of(model, ref, "calibration", length=LENGTH, sequences=ROWS)
     shapes = {
         "random Qwen3-MoE, hidden 512, 8 layers of 16 experts": models.moe(
             hidden=512, layers=8, width=384, experts=16, top_k=2, heads=8, vocabulary=4096

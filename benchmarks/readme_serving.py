@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import models
-from benchmarks.common import Frozen, Result, Spread, in_turns, ratios, result, say
+from benchmarks.common import Frozen, Result, Spread, in_turns, ratios, result, rows_of, say
 from benchmarks.overhead import batch
 from paredown import registry
-from paredown.core import calibration, checkpoint
+from paredown.core import checkpoint
 from paredown.core.attach import attach
 from paredown.core.calibration import Batch
 from paredown.core.checkpoint import Model
@@ -107,8 +107,7 @@ def measure() -> Result[ServingRow]:
 
 
 def _text(model: Model, split: Literal["calibration", "heldout"], length: int) -> Batch:
-    texts = calibration.read(None, model_ref="testbed:lm", split=split)
-    return calibration.for_model(model, texts, length=length, sequences=REQUESTS)
+    return rows_of(model, "testbed:lm", split, length=length, sequences=REQUESTS)
 
 
 def _experts(model: Model, data: Batch, ids: Tensor, steps: int) -> Tensor:

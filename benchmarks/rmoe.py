@@ -10,12 +10,11 @@ import math
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Frozen, Result, result, say
+from benchmarks.common import Frozen, Result, result, rows_of, say
 from paredown import registry
-from paredown.core import calibration, checkpoint
+from paredown.core import checkpoint
 from paredown.core.attach import attach
 from paredown.core.experts import routing
 from paredown.core.learning.teacher import Teacher, fitness
@@ -58,10 +57,8 @@ class Repaired:
 def repaired(seed: int, dropper: str, *, steps: int = STEPS, length: int = LENGTH) -> dict[str, Repaired]:
     """Drop half of the experts and train routers in both ways; ``none`` is the model as the dropping left it."""
     original = checkpoint.load(MODEL, dtype="float32")
-    texts = calibration.read(None, model_ref=MODEL, split="calibration")
-    data = calibration.for_model(original, texts, length=length, sequences=SEQUENCES, seed=seed)
-    texts = calibration.read(None, model_ref=MODEL, split="heldout")
-    judged = calibration.for_model(original, texts, length=length, sequences=HELDOUT, seed=0)
+    data = rows_of(original, MODEL, "calibration", length=length, sequences=SEQUENCES, seed=seed)
+    judged = rows_of(original, MODEL, "heldout", length=length, sequences=HELDOUT)
     teacher = Teacher.collect(original.hf, judged.input_ids)
     model = checkpoint.load(MODEL, dtype="float32")
     method = registry.create(dropper, keep=KEEP)
@@ -76,7 +73,7 @@ def repaired(seed: int, dropper: str, *, steps: int = STEPS, length: int = LENGT
             if fields is not None:
                 made = registry.create("rmoe", steps=steps, **fields)
                 assert isinstance(made, Policy)
-                policies = [made.prepare(model, data, seed=seed, folder=str(Path(folder)))]
+                policies = [made.prepare(model, data, seed=seed, folder=folder)]
             seconds = time.perf_counter() - began
             with attach(model, *policies) if policies else contextlib.nullcontext():
                 spread = routing.spread(model, routing.traffic(model, judged.input_ids[:8]))

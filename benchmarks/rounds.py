@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.common import Frozen, Result, result, say
+from benchmarks.common import Frozen, Result, result, rows_of, say
 from paredown import registry
-from paredown.core import calibration, checkpoint
+from paredown.core import checkpoint
 from paredown.core.attach import attach
 from paredown.core.learning.teacher import fitness
 from paredown.core.method import Policy
@@ -30,18 +29,27 @@ SEQUENCES, LENGTH, HELDOUT = 256, 128, 64
 
 @dataclass(frozen=True)
 class Subject:
-    """A policy with its fields, and what is kept from round to round: fields for rounds alone."""
+    """A policy.
+
+    Attributes
+    ----------
+    about : what its budget means, in words
+    fields : those that its random control gets too
+    own : those that the control has not
+    kept : those that hold on to something from round to round
+    """
 
     policy: str
     question: str
     about: str
     fields: dict[str, Any]
-    rounds: dict[str, Any]
+    own: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Way:
-    """Under which policy the model is trained (None: under none) and how many rounds; ``random``: under the control."""
+    """How many rounds the model is trained, under the policy or not; ``random``: the control stands in for it."""
 
     title: str
     rounds: int
@@ -55,14 +63,14 @@ SUBJECTS = {
         "What does it help Read-ME to train the model under its experts, and does it help random channels as much?",
         "4 experts of half of the channels",
         {"keep": 0.5, "experts": 4},
-        {"channels_of": "first"},
+        kept={"channels_of": "first"},
     ),
     "gammamod-rounds": Subject(
         "gamma-mod",
         "What does it help gamma-MoD to train the model under it, as its paper does, and random tokens?",
         "three quarters of the tokens skip two thirds of the layers",
         {"keep": 0.5, "converted": 0.6667},
-        {"steps": 100, "lr": 0.03, "lm": 0, "distil": 1},
+        own={"steps": 100, "lr": 0.03, "lm": 0, "distil": 1},
     ),
 }
 REFERENCE = "rounds"
@@ -99,16 +107,11 @@ def judged(seed: int, subject: Subject, way: Way, *, steps: int = STEPS, sequenc
     """Train in one way with one seed, prepare the policy, and read held-out text."""
     model = checkpoint.load(MODEL, dtype="float32")
     model.original = model.folder  # the folder still holds what the model was
-    texts = calibration.read(None, model_ref=MODEL, split="calibration")
-    data = calibration.for_model(model, texts, length=LENGTH, sequences=sequences, seed=seed)
-    texts = calibration.read(None, model_ref=MODEL, split="heldout")
-    held = calibration.for_model(model, texts, length=LENGTH, sequences=HELDOUT, seed=0)
-    name, fields = subject.policy, subject.fields
+    data = rows_of(model, MODEL, "calibration", length=LENGTH, sequences=sequences, seed=seed)
+    held = rows_of(model, MODEL, "heldout", length=LENGTH, sequences=HELDOUT)
+    name, fields = subject.policy, {**subject.fields, **subject.own, **(subject.kept if way.under else {})}
     if way.random:
-        name, fields = registry.control_for(name), {**fields, "seed": seed}
-    else:
-        # Behind a training without it, a policy has nothing to keep from earlier rounds.
-        fields = {**fields, **{k: v for k, v in subject.rounds.items() if way.under or k != "channels_of"}}
+        name, fields = registry.control_for(name), {**subject.fields, "seed": seed}
     told: dict[str, Any] = {"under": name, "fields": fields} if way.under else {}
     began = time.perf_counter()
     for turn in range(way.rounds):
@@ -118,7 +121,7 @@ def judged(seed: int, subject: Subject, way: Way, *, steps: int = STEPS, sequenc
     with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
         policy = registry.create(name, **fields)
         assert isinstance(policy, Policy)
-        ready = policy.prepare(model, data, seed=seed, folder=str(Path(folder)))
+        ready = policy.prepare(model, data, seed=seed, folder=folder)
         seconds = time.perf_counter() - began
         dense = math.log(fitness(model.hf, None, held.input_ids, slice(None), "ppl"))
         with attach(model, ready):
