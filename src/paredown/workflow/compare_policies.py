@@ -45,8 +45,7 @@ from paredown.workflow.policies import Progress
 from paredown.workflow.record import Interval
 
 STREAMING = "streaming"
-_TASKS = {"recall": "recall", "vqa": "mosaic"}
-_OF_TESTBED: dict[str, Task] = {"testbed:recall": "recall", "testbed:recall-moe": "recall", "testbed:vlm": "vqa"}
+_TASKS: dict[Task, str] = {"recall": "recall", "vqa": "mosaic"}
 
 
 def compare(
@@ -72,7 +71,7 @@ def compare(
     """Compare policies on one model; see `compare.compare`."""
     start = time.perf_counter()
     lines = cells.lines(methods, list(dict.fromkeys(keeps)), fields, kind="policy")
-    task = task or _OF_TESTBED.get(str(ref), "ppl")
+    task = task or next((word for word, name in _TASKS.items() if name in tasks.own(str(ref))), "ppl")
     if task not in ("recall", "vqa", "ppl"):
         raise UsageError(f"--task {task} is none of recall, vqa and ppl.")
     if question not in ("after", "within"):

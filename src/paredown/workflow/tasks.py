@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from paredown import testbeds
 from paredown.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ Points = npt.NDArray[np.float64]
 
 BUILT_IN = ("recall", "mosaic")
 QUESTIONS = 200
-_OF_TESTBED = {"testbed:recall": "recall", "testbed:recall-moe": "recall", "testbed:vlm": "mosaic"}
+_OF_TESTBED = {**{f"testbed:{name}": "recall" for name in testbeds.RECALLING}, "testbed:vlm": "mosaic"}
 
 
 def own(*refs: str | None) -> list[str]:
@@ -71,7 +72,6 @@ def ask(
 
 
 def _ask(task: str, model: Model, questions: int, how: How | None, held: Held | None) -> Points:
-    from paredown import testbeds
     from paredown.testbeds import tasks
 
     hf: Any = model.hf
@@ -107,7 +107,6 @@ def practice(model: Model, seed: int) -> Batch:
     """
     import torch
 
-    from paredown import testbeds
     from paredown.core.calibration import Batch
     from paredown.testbeds import tasks
 
