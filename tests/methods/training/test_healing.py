@@ -163,7 +163,6 @@ def test_a_model_learns_to_do_with_what_a_policy_leaves(policy, fields, tmp_path
         with ready.attach(found), torch.no_grad():
             losses.append(float(found.hf(input_ids=data.input_ids, labels=data.input_ids).loss))
     untouched, without, under = losses
-    print(losses)
     assert under < without < untouched
     assert outcome.coverage["losses"][-1] < 0.85 * outcome.coverage["losses"][0]
     assert "prepare" in outcome.seconds_by_stage

@@ -101,7 +101,7 @@ def gradient_norms(model: Model, data: Batch, *, batch: int = 4) -> list[float]:
         for parameter, requires, grad in wanted:
             parameter.requires_grad_(requires)
             parameter.grad = grad
-    tokens = max(1, int(sum(real_predictions(ids, mask).sum() for ids, mask in forward.batches(data, batch))))
+    tokens = max(1, int(real_predictions(data.input_ids, data.attention_mask).sum()))
     return [math.sqrt(square) / tokens for square in squares]
 
 

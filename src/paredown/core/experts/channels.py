@@ -294,11 +294,11 @@ class _Live:
     def __init__(self, hf: nn.Module, part: Block, masks: Tensor) -> None:
         assert part.mlp is not None
         self.down = hf.get_submodule(f"{part.path}.{part.mlp.down}")
-        self.masks = masks
+        self.masks = masks.to(next(self.down.parameters()).device)
 
     def __call__(self, call: Feed, experts: Tensor) -> Tensor:
         """Return what the MLP gives, ``[B, n, D]``, for tokens of ``experts`` ``[B, n]``."""
-        mask = self.masks.to(experts.device)[experts]
+        mask = self.masks[experts]
         # Some families flatten rows on the way.
         hook = self.down.register_forward_pre_hook(lambda _, args: (args[0] * mask.reshape(args[0].shape),))
         try:

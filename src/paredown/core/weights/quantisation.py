@@ -61,15 +61,14 @@ def grid(weight: Tensor, bits: Tensor, by: By, *, search: bool = True) -> Grid:
     by : what ``bits`` counts; where it is columns, a row has one grid for each width that occurs
     search : also try narrower ranges (down to 40 %) and take the one with the least sum of ``|error|^2.4``
     """
-    spread = (bits.unsqueeze(-1) if by == "row" else bits.unsqueeze(-2)).expand_as(weight)
     if by == "row":
         shared = _Shared(weight, bits.unsqueeze(-1), None)
     else:
         widths = torch.unique(bits)
         shared = _Shared(weight, widths.unsqueeze(-2), (bits.unsqueeze(-1) == widths).to(weight))
-    low, step = (shared.over(part).expand_as(weight) for part in shared.ranges(search))
-    top = (2.0 ** spread.float().clamp(max=UNTOUCHED)) - 1
-    return Grid(low, step, top, spread >= UNTOUCHED)
+    low, step, top = (shared.over(part) for part in (*shared.ranges(search), shared.tops))
+    exact = (bits >= UNTOUCHED).unsqueeze(-1 if by == "row" else -2)
+    return Grid(*(part.expand_as(weight) for part in (low, step, top, exact)))
 
 
 class _Shared:
@@ -80,10 +79,15 @@ class _Shared:
     weight : ``[..., R, C]``
     widths : of each grid, ``[..., R | 1, K]``
     member : ``[..., C, K]``, 1 where a column has that width; None where a row has one width
+
+    Attributes
+    ----------
+    tops : highest level of each grid, shaped like ``widths``
     """
 
     def __init__(self, weight: Tensor, widths: Tensor, member: Tensor | None) -> None:
-        self.weight, self.widths, self.member = weight, widths.float().clamp(max=UNTOUCHED), member
+        self.weight, self.member = weight, member
+        self.tops = 2.0 ** widths.float().clamp(max=UNTOUCHED) - 1
 
     def over(self, values: Tensor) -> Tensor:
         """Spread what belongs to grids ``[..., R, K]`` over their columns: ``[..., R, C]``, or ``[..., R, 1]``."""
@@ -100,11 +104,10 @@ class _Shared:
         # Zero is on every grid, so the zeros of other columns do no harm.
         least = torch.cat([part.amin(-1, keepdim=True) for part in own], -1).clamp(max=0)
         most = torch.cat([part.amax(-1, keepdim=True) for part in own], -1).clamp(min=0)
-        tops = 2.0**self.widths - 1
-        top = self.over(tops.expand_as(least))
+        top = self.over(self.tops)
         best: tuple[Tensor, Tensor, Tensor] | None = None
         for shrink in _SHRINKS if search else (1.0,):
-            step = ((most - least) * shrink / tops).clamp(min=1e-12)
+            step = ((most - least) * shrink / self.tops).clamp(min=1e-12)
             low = -step * (-least * shrink / step).round()
             wide, start = self.over(step), self.over(low)
             level = ((weight - start) / wide).round().clamp(min=0)
@@ -115,8 +118,10 @@ class _Shared:
                 better = error < best[0]
                 best = tuple(torch.where(better, new, old) for new, old in zip((error, low, step), best, strict=True))  # type: ignore[assignment]
         assert best is not None
+        binary = self.tops == 1
+        if not binary.any():
+            return best[1], best[2]
         size = self.total(weight.abs()) / self.total(torch.ones_like(weight)).clamp(min=1)
-        binary = self.widths == 1
         return torch.where(binary, -size, best[1]), torch.where(binary, (2 * size).clamp(min=1e-12), best[2])
 
 
